@@ -1,0 +1,1 @@
+"""Tables of images: read, checked, split, decoded, sampled and loaded."""

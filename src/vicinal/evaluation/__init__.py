@@ -1,0 +1,1 @@
+"""Metrics per query, intervals, protocols and the report."""

@@ -1,0 +1,1 @@
+"""Encoders: loaded from three families, adapted, merged, saved."""

@@ -1,0 +1,1 @@
+"""Objectives, optimisation and the one loop."""
