@@ -1,0 +1,199 @@
+"""The command line: one word a verb, each a thin call of one public function; settings are `key=value`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from vicinal.types import InputError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="vicinal",
+    help="Adapt a pretrained image embedding model to your own domain, and prove that it helped.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="`key=value`: overrides of the recipe, and `out=FOLDER`.")]
+Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table (CSV, TSV, JSONL, Parquet) or COCO JSON.")]
+Model = Annotated[str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, a model or a run folder.")]
+
+
+def main() -> None:
+    """Run the command line; what the user gave wrong ends in one clear line, not in a trace."""
+    try:
+        app()
+    except InputError as error:
+        print(f"vicinal: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("vicinal: stopped; what was computed is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def init(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Where to write the recipe.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="The model to begin with.")] = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k",
+) -> None:
+    """Write a recipe for your folder or table, with what was found in it."""
+    from vicinal.run import bring_path
+    from vicinal.recipe import starter
+
+    kind, manifest = bring_path(source)
+    if out.exists():
+        raise InputError(f"{out} exists already; name another with --out")
+    out.write_text(starter(kind, source, manifest, model), encoding="utf-8")
+    print(f"{len(manifest):,} images of {len(manifest.classes):,} classes found.\nWritten: {out}")
+    print(f"Next:    vicinal check {source}\n         vicinal train {out} out=runs/{source.stem}")
+
+
+@app.command()
+def check(
+    source: Source,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="`label=brand`: a column by another name.")] = None,
+    near: Annotated[bool, typer.Option(help="Look for near duplicates too.")] = True,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings here as well.")] = None,
+) -> None:
+    """Say what is in the data and what is wrong with it, before the first minute of training."""
+    from vicinal.data.check import check as check_manifest
+    from vicinal.run import bring_path
+
+    _, manifest = bring_path(source, _pairs(columns))
+    findings = check_manifest(manifest, near=near)
+    print(findings)
+    if json_out:
+        json_out.write_text(json.dumps(findings.to_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+    if findings.errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    holdout: Annotated[float, typer.Option(help="Share of the classes held out.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of the shuffle of the sorted classes.")] = 42,
+    format: Annotated[str, typer.Option(help="coco or parquet.")] = "coco",  # noqa: A002  the option's name
+) -> None:
+    """Write public and holdout tables by ratio and seed; images stay where they are."""
+    from vicinal.data.sources import prepare as prepare_manifest
+    from vicinal.run import bring_path
+
+    _, manifest = bring_path(source)
+    for path in prepare_manifest(manifest, out, holdout=holdout, seed=seed, format=format):
+        print(path)
+
+
+@app.command()
+def embed(
+    model: Model,
+    source: Source,
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    device: str = "auto",
+) -> None:
+    """Embed every image once, to a file of unit vectors, labels and ids."""
+    from vicinal.embedding import default_cache
+    from vicinal.embedding import embed as embed_manifest
+    from vicinal.run import bring_path, open_uri
+
+    _, manifest = bring_path(source)
+    embeddings = embed_manifest(open_uri(model, size=size), manifest, cache=default_cache(), device=device)
+    embeddings.save(out)
+    print(f"{out}: {len(embeddings):,} vectors of {embeddings.vectors.shape[1]} numbers")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file.")],
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="`last`, or a checkpoint: go on from there.")] = None,
+) -> None:
+    """Adapt a model as a recipe says, prove what it did, and write the page."""
+    from vicinal.recipe import Recipe
+    from vicinal.run import run
+
+    settings = [o for o in overrides or [] if not o.startswith("out=")]
+    out = next((o.removeprefix("out=") for o in overrides or [] if o.startswith("out=")), f"runs/{recipe.stem}")
+    run(Recipe.load(recipe, settings), out, resume=resume)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    catalog: Annotated[Path, typer.Option(help="The images to find classes among.")],
+    queries: Annotated[Path, typer.Option(help="The images to name.")],
+    k: Annotated[list[int] | None, typer.Option(help="Shots a class; give several.")] = None,
+    more: Annotated[list[str] | None, typer.Argument(help="More numbers of shots.")] = None,
+    size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    device: str = "auto",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the metrics here as well.")] = None,
+) -> None:
+    """Measure a model or a run on separate catalog and query files: `--k 1 3 10`."""
+    from dataclasses import asdict
+
+    from vicinal.embedding import default_cache
+    from vicinal.run import bring_path, open_uri
+    from vicinal.run import evaluate as evaluate_model
+
+    shots = [*(k or ([] if more else [1, 3, 10])), *(_whole(word) for word in more or [])]
+    metrics = evaluate_model(
+        open_uri(model, size=size),
+        bring_path(catalog)[1],
+        bring_path(queries)[1],
+        shots=shots,
+        cache=default_cache(),
+        device=device,
+    )
+    for name, estimate in metrics.items():
+        print(f"{name:18} {estimate}   {estimate.n} classes, {estimate.queries:,} queries")
+    if json_out:
+        json_out.write_text(json.dumps({k: asdict(v) for k, v in metrics.items()}, indent=1), encoding="utf-8")
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="A finished run.")]) -> None:
+    """Make a run's page anew, from its files."""
+    from vicinal.run import remake_report
+
+    print(remake_report(run_folder))
+
+
+@app.command()
+def schema(out: Annotated[Path | None, typer.Option(help="A file; else it is printed.")] = None) -> None:
+    """Print the JSON Schema of a recipe, for editors."""
+    from vicinal.recipe import json_schema
+
+    text = json.dumps(json_schema(), indent=1)
+    if out:
+        out.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+
+
+def _pairs(words: list[str] | None) -> dict[str, str]:
+    pairs: dict[str, Any] = {}
+    for word in words or []:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise InputError(f"--column {word!r}: write NAME=COLUMN, for instance label=brand")
+        pairs[key] = value
+    return pairs
+
+
+def _whole(word: str) -> int:
+    value = yaml.safe_load(word)
+    if not isinstance(value, int):
+        raise InputError(f"--k takes whole numbers; {word!r} is none")
+    return value

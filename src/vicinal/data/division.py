@@ -1,0 +1,192 @@
+"""A manifest divided for a run: what is trained on, selected on, and measured on, as masks over its rows.
+
+The parts that are measured are `seen` (classes that were trained on, images that were not), `unseen` (classes that
+were not), `joint` (both, scored among all classes) or, where every class is trained on, `all`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from vicinal.data.manifest import Manifest
+from vicinal.data.splits import class_disjoint, grouped, holdout_images, official
+from vicinal.types import InputError
+
+__all__ = ["Division", "Part", "divide"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one measurement looks at.
+
+    Args:
+        queries: "N", the images asked about; retrieval leaves one out among them.
+        catalog: "N", where the k shots of a prototype are drawn from; None draws them from the queries themselves.
+        fallback: "N", where they are drawn from for a class that the catalog lacks.
+    """
+
+    queries: Bool[Tensor, "N"]
+    catalog: Bool[Tensor, "N"] | None = None
+    fallback: Bool[Tensor, "N"] | None = None
+
+    def within(self, mask: Bool[Tensor, "N"]) -> Part:
+        """The same part in the manifest that `where(mask)` gives."""
+        catalog = self.catalog[mask] if self.catalog is not None else None
+        fallback = self.fallback[mask] if self.fallback is not None else None
+        return Part(self.queries[mask], catalog, fallback)
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Masks over a manifest's rows; `train`, `val` and every part's queries are disjoint."""
+
+    train: Bool[Tensor, "N"]
+    val: Bool[Tensor, "N"]
+    parts: Mapping[str, Part]
+    notes: tuple[str, ...] = ()
+
+    def measured(self) -> Bool[Tensor, "N"]:
+        """The rows that some part needs."""
+        needed = torch.zeros_like(self.train)
+        for part in self.parts.values():
+            for mask in (part.queries, part.catalog, part.fallback):
+                if mask is not None:
+                    needed |= mask
+        return needed
+
+    def parts_within(self, mask: Bool[Tensor, "N"]) -> dict[str, Part]:
+        """Each part in the manifest that `where(mask)` gives."""
+        return {name: part.within(mask) for name, part in self.parts.items()}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {int(part.queries.sum()):,}" for name, part in self.parts.items())
+        return f"{int(self.train.sum()):,} images to train on, {int(self.val.sum()):,} to select on; measured: {parts}"
+
+
+def divide(
+    manifest: Manifest,
+    kind: str,
+    *,
+    holdout: float = 0.2,
+    seed: int = 42,
+    val: float = 0.1,
+    seen: float = 0.2,
+    column: str = "group",
+) -> Division:
+    """Divide a manifest as a recipe's `split` says.
+
+    Args:
+        manifest: its `split` column, where it has one, is respected by every kind.
+        kind: "class_disjoint", "official" or "grouped".
+        holdout: share of the classes (or groups) that are tested on and never trained on.
+        seed: of every shuffle.
+        val: share of the remaining classes (or groups) to select on.
+        seen: share of each trained class's images kept back, where no `split` column says which.
+        column: the group column of "grouped".
+
+    Raises:
+        InputError: nothing would be left to train on or to measure, or a column is missing.
+    """
+    match kind:
+        case "class_disjoint":
+            division = _class_disjoint(manifest, holdout, seed, val, seen)
+        case "official":
+            division = _official(manifest, _official_masks(manifest))
+        case "grouped":
+            division = _official(manifest, _grouped_masks(manifest, column, holdout, val, seed))
+        case _:
+            raise InputError(f"split: {kind!r} is unknown; use class_disjoint, official or grouped")
+    _refuse_empty(manifest, division)
+    return division
+
+
+def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, seen: float) -> Division:
+    seen_classes, unseen_classes = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
+    trained_classes, val_classes = class_disjoint(seen_classes, holdout=val, seed=seed) if val else (seen_classes, ())
+    labels = manifest.labels()
+    trained, selected, unseen = (
+        torch.isin(labels, torch.tensor([manifest.classes.index(c) for c in classes], dtype=torch.long))
+        for classes in (trained_classes, val_classes, unseen_classes)
+    )
+    notes = []
+    parts: dict[str, Part] = {}
+    if "split" in manifest.names():
+        masks = _official_masks(manifest)
+        train, kept, test = trained & masks["train"], trained & masks["val"], trained & masks["test"]
+        if test.any():
+            parts["seen"] = Part(test, kept, train)
+        tested = unseen & masks["test"]
+        if tested.any():
+            parts["unseen"] = Part(tested, unseen & masks["val"], unseen & masks["train"])
+        else:
+            parts["unseen"] = Part(unseen)
+            notes.append("the split column names no test image of an unseen class: all their images are tested on")
+    else:
+        back = trained & holdout_images(labels, share=seen, seed=seed) if seen else torch.zeros_like(trained)
+        train = trained & ~back
+        if back.any():
+            parts["seen"] = Part(back, train)
+        else:
+            notes.append("no class has five images, so none is kept back: seen classes are not measured")
+        parts["unseen"] = Part(unseen)
+    if "seen" in parts and parts["unseen"].catalog is not None:
+        parts["joint"] = _union(parts["seen"], parts["unseen"])
+    return Division(train, selected, parts, tuple(notes))
+
+
+def _official_masks(manifest: Manifest) -> dict[str, Tensor]:
+    if "split" not in manifest.names():
+        raise InputError(
+            "split: official needs a `split` column with the words train, val, test; "
+            f"the data has the columns {', '.join(manifest.names())}"
+        )
+    none = torch.zeros(len(manifest), dtype=torch.bool)
+    return {"train": none, "val": none, "test": none} | official(manifest.column("split"))
+
+
+def _grouped_masks(manifest: Manifest, column: str, holdout: float, val: float, seed: int) -> dict[str, Tensor]:
+    if column not in manifest.names():
+        raise InputError(f"split.grouped.column: no column {column!r}; there are {', '.join(manifest.names())}")
+    groups = manifest.column(column)
+    test = grouped(groups, holdout=holdout, seed=seed)
+    rest = [i for i, held in enumerate(test.tolist()) if not held]
+    selected = torch.zeros_like(test)
+    if val:
+        selected[rest] = grouped([groups[i] for i in rest], holdout=val, seed=seed)
+    return {"train": ~test & ~selected, "val": selected, "test": test}
+
+
+def _official(manifest: Manifest, masks: Mapping[str, Tensor]) -> Division:
+    """Parts as given: the test images of trained classes and of others apart, if there are others."""
+    train, val, test = masks["train"], masks["val"], masks["test"]
+    labels = manifest.labels()
+    known = torch.isin(labels, labels[train].unique())
+    if not (test & ~known).any():
+        return Division(train, val, {"all": Part(test, val, train)})
+    parts = {"unseen": Part(test & ~known)}
+    if (test & known).any():
+        parts["seen"] = Part(test & known, val & known, train)
+    return Division(train, val, parts)
+
+
+def _union(a: Part, b: Part) -> Part:
+    def either(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+        return y if x is None else x if y is None else x | y
+
+    return Part(a.queries | b.queries, either(a.catalog, b.catalog), either(a.fallback, b.fallback))
+
+
+def _refuse_empty(manifest: Manifest, division: Division) -> None:
+    classes = int(manifest.labels()[division.train].unique().numel())
+    if classes < 2:
+        raise InputError(
+            f"the split leaves {classes} classes to train on; at least 2 are needed: "
+            "lower split.class_disjoint.holdout or bring more classes"
+        )
+    if not division.measured().any():
+        raise InputError("the split leaves nothing to measure: raise split.class_disjoint.holdout or name test images")

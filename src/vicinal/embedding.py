@@ -1,0 +1,236 @@
+"""Manifest + Encoder -> Embeddings: the hinge between images and everything that is measured.
+
+Vectors are kept by content: a row's key is the hash of its file's bytes, its box and padding; a store belongs to one
+model (weights, preprocessing, precision). So a baseline, a second run, another split or a copied folder costs nothing.
+
+Letters: N images, D numbers an embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vicinal.data.loader import eval_batches
+from vicinal.data.manifest import Manifest
+from vicinal.data.transforms import eval_transform
+from vicinal.models.encoder import Encoder
+from vicinal.models.modules import plain_attention
+from vicinal.types import Embeddings, InputError
+
+__all__ = ["Precision", "autocast_dtype", "default_cache", "embed", "pick_device"]
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device to compute on: "auto" takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        InputError: the device named is not there.
+
+    >>> pick_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device={name} is not available here ({error}); use device=auto or device=cpu") from error
+    return device
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type to compute in, None for float32. "auto" is bfloat16 where the hardware multiplies in it, else float32.
+
+    >>> autocast_dtype("fp32", torch.device("cpu")) is None
+    True
+    """
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+    return False
+
+
+def default_cache() -> Path:
+    """Where embeddings are kept: $VICINAL_CACHE, else the user's cache folder."""
+    return Path(os.environ.get("VICINAL_CACHE") or Path.home() / ".cache" / "vicinal") / "embeddings"
+
+
+def embed(
+    encoder: Encoder,
+    manifest: Manifest,
+    *,
+    batch_size: int = 128,
+    cache: str | Path | None = None,
+    workers: int | None = None,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+    on_error: Literal["raise", "skip"] = "raise",
+    progress: Callable[[int, int], None] | None = None,
+) -> Embeddings:
+    """Embed every image of a manifest: evaluation transform, encoder in eval mode, rows scaled to length 1.
+
+    Args:
+        encoder: left on the device and in the mode it came in.
+        manifest: its rows; an unlabelled one gets the label 0 of no classes.
+        batch_size: images at a time; memory grows with it, results do not depend on it beyond rounding.
+        cache: a folder of kept vectors (see `default_cache`), or None to compute all.
+        workers: processes that decode; None chooses by the machine.
+        device: "auto", "cpu", "cuda:0", …
+        precision: of the encoder's arithmetic; vectors are stored in float32.
+        on_error: an unreadable image stops with its name ("raise"), or its row is left out ("skip").
+        progress: called with (images done, images to do).
+
+    Returns:
+        One row for each readable image, in the manifest's order. `ids` tells which.
+
+    Raises:
+        InputError: an image is missing or cannot be read, and `on_error` is "raise".
+    """
+    target = pick_device(str(device))
+    dtype = autocast_dtype(precision, target)
+    store = _Store(Path(cache), _model_key(encoder, dtype)) if cache is not None else None
+    keys = _row_keys(manifest, on_error) if store else [None] * len(manifest)
+    known = store.read() if store else {}
+    missing = [i for i, key in enumerate(keys) if key is None or key not in known]
+
+    fresh: dict[int, Tensor] = {}
+    if missing:
+        mask = torch.zeros(len(manifest), dtype=torch.bool)
+        mask[missing] = True
+        try:
+            _compute(
+                encoder, manifest.where(mask), missing, fresh, batch_size, workers, target, dtype, on_error, progress
+            )
+        finally:  # an interrupted run keeps what it has paid for
+            if store and fresh:
+                kept = {key: vector for i, vector in fresh.items() if (key := keys[i]) is not None}
+                store.add(kept)
+
+    rows = [i for i in range(len(manifest)) if i in fresh or keys[i] in known]
+    if not rows:
+        raise InputError("no image of the manifest could be read; `vicinal check` lists the reasons")
+    vectors = torch.stack([fresh[i] if i in fresh else known[keys[i] or ""] for i in rows])
+    ids = manifest.ids()
+    return Embeddings(vectors, manifest.labels()[rows], tuple(ids[i] for i in rows), manifest.classes)
+
+
+def _compute(
+    encoder: Encoder,
+    manifest: Manifest,
+    rows: Sequence[int],
+    fresh: dict[int, Tensor],
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    on_error: Literal["raise", "skip"],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Fill `fresh` (row in the caller's manifest -> vector), batch by batch."""
+    transform = eval_transform(encoder.preprocess)
+    batches = eval_batches(manifest, transform, batch_size=batch_size, workers=workers, on_error=on_error)
+    was_training, came_from = encoder.training, next(encoder.parameters()).device
+    encoder.eval().to(device)
+    plain_attention(encoder, device.type == "cpu" and dtype == torch.bfloat16)
+    done = 0
+    try:
+        for batch in batches:
+            images = batch["image"].to(device, non_blocking=True)
+            vectors = _encode(encoder, images, dtype)
+            fresh.update(zip((rows[i] for i in batch["index"].tolist()), vectors, strict=True))
+            done += len(images)
+            if progress:
+                progress(done, len(rows))
+    finally:
+        plain_attention(encoder, False)
+        encoder.train(was_training).to(came_from)
+
+
+@torch.inference_mode()
+def _encode(encoder: Encoder, images: Float[Tensor, "B 3 H W"], dtype: torch.dtype | None) -> Float[Tensor, "B D"]:
+    with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        vectors = encoder.encode_image(images)
+    return F.normalize(vectors.float(), dim=-1).cpu()
+
+
+# --------------------------------------------------------------------------------------------------- kept vectors
+
+
+def _model_key(encoder: Encoder, dtype: torch.dtype | None) -> str:
+    text = f"{encoder.fingerprint()} {encoder.preprocess} {dtype}"
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _row_keys(manifest: Manifest, on_error: str) -> list[str | None]:
+    """One key a row; None for a file that cannot be read (the loader then says so, or skips it)."""
+    paths = [manifest.path(i) for i in range(len(manifest))]
+    distinct = list(dict.fromkeys(paths))
+
+    def digest(path: Path) -> str | None:
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        by_path = dict(zip(distinct, pool.map(digest, distinct, chunksize=64), strict=True))
+    boxes = manifest.column("box") if "box" in manifest.names() else [None] * len(manifest)
+
+    def key(path: Path, box: Sequence[float] | None) -> str | None:
+        content = by_path[path]
+        return content if box is None or content is None else f"{content} {list(box)} {manifest.padding}"
+
+    return [key(path, box) for path, box in zip(paths, boxes, strict=True)]
+
+
+class _Store:
+    """The kept vectors of one model: a folder of safetensors files that are only ever added to."""
+
+    def __init__(self, cache: Path, model_key: str) -> None:
+        self.folder = cache / model_key
+
+    def read(self) -> dict[str, Tensor]:
+        """All keys and their vectors; a file cut short by a killed process is passed over."""
+        from safetensors import SafetensorError, safe_open
+
+        found: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(str(path), framework="pt") as file:
+                    keys = json.loads(file.metadata()["keys"])
+                    found.update(zip(keys, file.get_tensor("vectors"), strict=True))
+            except (OSError, SafetensorError, KeyError, ValueError):
+                continue
+        return found
+
+    def add(self, rows: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        keys = json.dumps(list(rows))
+        name = hashlib.sha256(keys.encode()).hexdigest()[:32]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f"{name}.{os.getpid()}.part"
+        save_file({"vectors": torch.stack(list(rows.values()))}, part, {"keys": keys})
+        part.replace(self.folder / f"{name}.safetensors")

@@ -1,0 +1,403 @@
+"""YAML <-> a frozen, validated Recipe: what a run does, whole, and nothing besides.
+
+A recipe says only what differs from the defaults. Keys of which one is chosen (`data`, `split`, `loss`, `sampler`, an
+entry of `adapt`) hold a mapping of that one name to its settings: `loss: {arcface: {margin: 0.3}}`. The settings of
+losses and adapters are read off their own classes, so a part is described in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+
+from vicinal.data.transforms import AUGMENT
+from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
+from vicinal.models.adapters import ADAPTERS
+from vicinal.types import InputError
+
+__all__ = ["Data", "Recipe", "Split", "apply_override", "json_schema"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class _OneOf(_Strict):
+    """A mapping with exactly one of its keys given; `chosen` is that key and its value."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> _OneOf:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            choices = ", ".join(type(self).model_fields)
+            raise ValueError(f"give exactly one of {choices}; found {', '.join(given) or 'none'}")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, Any]:
+        return next((name, value) for name in type(self).model_fields if (value := getattr(self, name)) is not None)
+
+
+def _settings(part: type, name: str) -> type[BaseModel]:
+    """The keyword settings of a loss or an adapter as a strict model, read off its constructor."""
+    hints = get_type_hints(part if dataclasses.is_dataclass(part) else part.__init__)
+    parameters = inspect.signature(part).parameters.values()
+    derived = {"dim", "classes"} if not dataclasses.is_dataclass(part) else set()  # given by the model and the data
+    fields: dict[str, Any] = {
+        p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name not in derived
+    }
+    return create_model(name, __base__=_Strict, **fields)
+
+
+def _one_of(name: str, table: Mapping[str, type]) -> type[_OneOf]:
+    fields: dict[str, Any] = {key: (_settings(part, part.__name__) | None, None) for key, part in table.items()}
+    return create_model(name, __base__=_OneOf, **fields)
+
+
+class TrainValTest(_Strict):
+    """Separate files for the parts of a data set; labels are those of all files together."""
+
+    train: str | None = None
+    val: str | None = None
+    test: str | None = None
+
+
+class Benchmark(_Strict):
+    """A published data set by name, below `root`."""
+
+    name: str
+    root: str = "~/data"
+    download: bool = False
+
+
+class Data(_Strict):
+    """Where the images are: exactly one of `folder`, `table`, `coco`, `hub`, `benchmark`, and how to read it.
+
+    `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
+    each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
+    """
+
+    folder: str | TrainValTest | None = None
+    table: str | TrainValTest | None = None
+    coco: str | TrainValTest | None = None
+    hub: str | TrainValTest | None = None
+    benchmark: Benchmark | None = None
+    columns: dict[str, str] = {}
+    root: str | None = None
+    padding: Annotated[float, Field(ge=0)] = 0.0
+    min_images: Annotated[int, Field(ge=1)] = 1
+    on_error: Literal["raise", "skip"] = "raise"
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Data:
+        given = [name for name in ONE_OF["data"] if getattr(self, name) is not None]
+        if len(given) != 1:
+            choices = ", ".join(ONE_OF["data"])
+            raise ValueError(f"give exactly one of {choices}; found {', '.join(given) or 'none'}")
+        return self
+
+    @property
+    def source(self) -> tuple[str, Any]:
+        """The chosen source's name and its value."""
+        return next((name, value) for name in ONE_OF["data"] if (value := getattr(self, name)) is not None)
+
+
+class ClassDisjoint(_Strict):
+    """Some classes are never seen in training. The only honest test of a model for classes that come later.
+
+    Args:
+        holdout: the share of classes that are never seen.
+        seed: of the shuffle of the sorted classes.
+        val: the share of the remaining classes kept back to select on (checkpoint, interpolation); not trained on.
+        seen: the share of each trained class's images kept back to measure seen classes, where the data has no `split`
+            column that says so; classes of under five images keep none back.
+    """
+
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 42
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    seen: Annotated[float, Field(ge=0, lt=1)] = 0.2
+
+
+class Official(_Strict):
+    """The parts that the data's own `split` column names."""
+
+
+class Grouped(_Strict):
+    """Whole groups (a contributor, a shop) are held out: `column` is never on both sides."""
+
+    column: str = "group"
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    seed: int = 42
+
+
+class Split(_OneOf):
+    """How the data is divided into training, validation and test."""
+
+    class_disjoint: ClassDisjoint | None = None
+    official: Official | None = None
+    grouped: Grouped | None = None
+
+
+class Shuffle(_Strict):
+    """Every image once an epoch, in a seeded order."""
+
+    batch_size: Annotated[int, Field(ge=2)] = 64
+
+
+class PK(_Strict):
+    """P classes a batch, K images of each: what pair losses need."""
+
+    classes: Annotated[int, Field(ge=2)] = 16
+    images_per_class: Annotated[int, Field(ge=1)] = 4
+
+
+class Sampler(_OneOf):
+    """Which images stand together in a batch."""
+
+    shuffle: Shuffle | None = None
+    pk: PK | None = None
+
+
+class PreprocessChange(_Strict):
+    """What to change of the backbone's own preprocessing."""
+
+    size: int | tuple[int, int] | None = None
+    crop: Literal["crop", "pad", "squash"] | None = None
+
+
+Loss = _one_of("Loss", PROXY_LOSSES | PAIR_LOSSES)
+Adapter = _one_of("Adapter", ADAPTERS)
+
+ONE_OF: dict[str, tuple[str, ...]] = {
+    "data": ("folder", "table", "coco", "hub", "benchmark"),
+    "split": tuple(Split.model_fields),
+    "sampler": tuple(Sampler.model_fields),
+    "loss": tuple(Loss.model_fields),
+    "adapt": tuple(Adapter.model_fields),
+}
+
+
+class Recipe(_Strict):
+    """All of a run. See `docs/all-of-vicinal.md` for each key; every default stands here and nowhere else.
+
+    >>> recipe = Recipe.parse({"data": {"folder": "~/products"}, "model": "timm:vit_tiny_patch16_224"})
+    >>> recipe.split.chosen[0], recipe.loss.chosen[0], recipe.seed
+    ('class_disjoint', 'arcface', 42)
+    """
+
+    data: Data
+    split: Split = Split(class_disjoint=ClassDisjoint())
+    model: str
+    preprocess: PreprocessChange = PreprocessChange()
+    random_init: bool = False
+    cache_dir: str | None = None
+    adapt: list[Adapter] = Field(default_factory=lambda: [Adapter.model_validate({"lora": {}})], min_length=1)  # type: ignore[valid-type]
+    loss: Loss = Field(default_factory=lambda: Loss.model_validate({"arcface": {"margin": 0.3, "scale": 20.0}}))  # type: ignore[valid-type]
+    class_means: bool = True
+    sampler: Sampler = Sampler(shuffle=Shuffle())
+    augment: str = "light"
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    loss_lr: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    retention: Annotated[float, Field(ge=0)] = 0.0
+    wise_ft: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    monitor: str = "map@r"
+    patience: Annotated[int, Field(ge=1)] | None = None
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = None
+    keep: Annotated[int, Field(ge=1)] = 1
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+
+    shots: list[Annotated[int, Field(ge=1)]] = [1, 3, 10]
+    draws: Annotated[int, Field(ge=1)] = 20
+    recall_at: list[Annotated[int, Field(ge=1)]] = [1, 5, 10]
+
+    seed: int = 42
+    device: str = "auto"
+    workers: Annotated[int, Field(ge=0)] | None = None
+    embed_batch_size: Annotated[int, Field(ge=1)] = 128
+    cache: str | None = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.augment not in AUGMENT:
+            raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
+        if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:
+            raise ValueError("wise_ft: auto chooses on validation classes; set split.class_disjoint.val above 0")
+        return self
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any], *, name: str = "recipe") -> Recipe:
+        """A recipe from a mapping.
+
+        Raises:
+            InputError: a key is unknown (the nearest known one is named), or a value is not what the key takes.
+        """
+        try:
+            return cls.model_validate(dict(content))
+        except ValidationError as error:
+            raise InputError(_explain(error, name)) from None
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """A recipe from a YAML file and `key=value` overrides.
+
+        Overriding a one-of key (`data.table=…`) replaces the alternative that the file chose.
+
+        Raises:
+            InputError: the file is missing or not YAML, or the recipe is wrong.
+        """
+        path = Path(path).expanduser()
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise InputError(f"the recipe {path} cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"the recipe {path} is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"the recipe {path} must be a mapping of keys; it is a {type(content).__name__}")
+        for override in overrides:
+            apply_override(content, override)
+        return cls.parse(content, name=str(path))
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key with its value, defaults included; `load` reads it back to an equal recipe."""
+        content = json.loads(self.model_dump_json())
+        return yaml.safe_dump(_without_unchosen(content), sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors that complete and check YAML.
+
+    >>> json_schema()["required"]
+    ['data', 'model']
+    """
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in a recipe's mapping, in place; the value is read as YAML.
+
+    >>> content = {"loss": {"arcface": {"margin": 0.3}}, "adapt": [{"lora": {}}]}
+    >>> apply_override(content, "loss.cosface.margin=0.2"); apply_override(content, "adapt.0.lora.rank=4")
+    >>> content
+    {'loss': {'cosface': {'margin': 0.2}}, 'adapt': [{'lora': {'rank': 4}}]}
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"{override!r} is not an override; write key=value, for instance steps=2000")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise InputError(f"the value of {key} is not YAML: {error}") from error
+    value = _number(value)
+    path = key.split(".")
+    here: Any = content
+    for depth, name in enumerate(path):
+        last = depth == len(path) - 1
+        alternatives = ONE_OF.get(path[0], ()) if depth == (2 if path[0] == "adapt" else 1) else ()
+        if isinstance(here, dict):
+            if name in alternatives:
+                for other in alternatives:
+                    if other != name:
+                        here.pop(other, None)
+            if last:
+                here[name] = value
+            elif not isinstance(here.get(name), dict | list):
+                here[name] = {}
+            here = here[name]
+        elif isinstance(here, list):
+            here = _list_item(here, name, key, value if last else None)
+        else:
+            raise InputError(f"{key}: {'.'.join(path[:depth])} holds no keys")
+
+
+def _list_item(items: list[Any], name: str, key: str, value: Any) -> Any:  # noqa: ANN401  a YAML value
+    if not name.isdigit() or int(name) > len(items):
+        raise InputError(f"{key}: write a position from 0 to {len(items)} instead of {name!r}")
+    if int(name) == len(items):
+        items.append({})
+    if value is not None:
+        items[int(name)] = value
+    return items[int(name)]
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401  a YAML value
+    """YAML 1.1 reads 1e-3 as text; a person who types it means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if "e" in value.lower() and value[:1] in "0123456789.-+" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _without_unchosen(content: Any) -> Any:  # noqa: ANN401  a YAML value
+    """Drop the empty alternatives of one-of mappings, which would read as chosen."""
+    content = {key: value for key, value in content.items() if key != "adapt"} | {
+        "adapt": [{k: v for k, v in adapter.items() if v is not None} for adapter in content["adapt"]]
+    }
+    for key in ("data", "split", "sampler", "loss"):
+        content[key] = {k: v for k, v in content[key].items() if v is not None or k not in ONE_OF[key]}
+    return {key: content[key] for key in Recipe.model_fields}
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _explain(error: ValidationError, name: str) -> str:
+    """One line for each mistake: where, what, and the nearest known key."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if not str(part).endswith("]"))
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            lines.append(f"{where}: unknown key{_nearest(str(problem['loc'][-1]), known)}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: is required")
+        else:
+            lines.append(f"{where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}")
+    return f"{name}: " + "\n  ".join(dict.fromkeys(lines))
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the model at this place of the recipe takes."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:  # noqa: ANN401  a type expression
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    arguments = annotation.__args__ if hasattr(annotation, "__args__") else ()  # a plain type has no arguments
+    return next((found for argument in arguments if (found := _model_in(argument))), None)

@@ -1,0 +1,508 @@
+"""Everything that happens in a run, in the order it happens: bring, divide, baseline, adapt, prove, ship.
+
+A run folder always holds `recipe.yaml` (resolved), `results.json`, `report.html`, `history.jsonl`, `checkpoints/`,
+`embeddings/` (what was measured, so that the page can be made anew) and `model/` (a folder that `load_encoder` takes).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from vicinal.data.benchmarks import load_benchmark
+from vicinal.data.loader import train_batches
+from vicinal.data.manifest import Manifest
+from vicinal.data.samplers import PKSampler, ShuffleSampler
+from vicinal.data.sources import read_coco, read_folder, read_hub, read_table
+from vicinal.data.division import Division, Part, divide
+from vicinal.data.transforms import train_transform
+from vicinal.embedding import autocast_dtype, default_cache, embed, pick_device
+from vicinal.evaluation.intervals import mean, paired_difference
+from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
+from vicinal.evaluation.report import Record, report
+from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
+from vicinal.losses.margin import start_from_class_means
+from vicinal.models.adapters import adapt, adapters_from_config, check_adapted, merge, parameter_counts
+from vicinal.models.backbones import load_encoder
+from vicinal.models.encoder import Encoder
+from vicinal.models.merging import interpolate
+from vicinal.recipe import Data, Recipe
+from vicinal.training.loop import FitResult, fit
+from vicinal.training.objectives import LabelObjective
+from vicinal.training.optim import parameter_groups, warmup_cosine
+from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["bring", "evaluate", "measure", "open_model", "picture_of", "remake_report", "run"]
+
+Say = Callable[[str], None]
+WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, say: Say = print) -> Path:
+    """Adapt a model as the recipe says, and prove what it did: baseline, training, difference, page.
+
+    Args:
+        recipe: what to do; see `Recipe`.
+        out: the run folder, made if need be.
+        resume: "last", or the path of a checkpoint of this same recipe, to go on from.
+        say: is told each stage in one line.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        InputError: something the user gave is wrong. Found before the first training step, wherever it can be.
+    """
+    out = Path(out).expanduser()
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "recipe.yaml", recipe.to_yaml())
+    _seed(recipe.seed)
+    device = pick_device(recipe.device)
+
+    manifest = bring(recipe.data)
+    say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
+    original = open_model(recipe)
+    say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
+
+    everything = _embed(original, manifest, recipe, "baseline", say)
+    manifest, skipped = _readable(manifest, everything)
+    division = _divide(manifest, recipe)
+    say(f"split: {division}")
+    needed = division.measured()
+    before = everything.where(needed)
+    before_scores = measure(before, division.parts_within(needed), recipe)
+    _save_embeddings(out, "before", before, division.parts_within(needed))
+
+    train = manifest.where(division.train).compact()
+    encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
+    counts = parameter_counts(encoder)
+    objective = _objective(encoder, original, train, everything.where(division.train), recipe)
+    transform = train_transform(encoder.preprocess, recipe.augment)
+    sampler = _sampler(train, recipe)
+    steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler)))
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        return train_batches(
+            train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step
+        )
+
+    check_adapted(encoder, next(iter(batches(0)))["image"][:2])
+    say(f"training: {counts['trained']:,} of {counts['total']:,} parameters, {steps:,} steps on {device}")
+    optimizer = _optimizer(objective, recipe)
+    val = manifest.where(division.val)
+    selected = len(val) > 0
+    fitted = fit(
+        objective.to(device),
+        batches,
+        optimizer,
+        warmup_cosine(optimizer, steps=steps, warmup=round(recipe.warmup * steps)),
+        steps=steps,
+        evaluate=(lambda: _validate(encoder, val, recipe)) if selected else None,
+        evaluate_every=recipe.evaluate_every or max(1, math.ceil(steps / 5)),
+        monitor=recipe.monitor,
+        out=out,
+        precision=recipe.precision,
+        clip=recipe.clip,
+        accumulate=recipe.accumulate,
+        patience=recipe.patience,
+        min_delta=recipe.min_delta,
+        ema=recipe.ema,
+        checkpoint_every=recipe.checkpoint_every,
+        keep=recipe.keep,
+        resume=resume,
+        trackers=tuple(recipe.trackers),
+        identity=_identity(recipe),
+    )
+
+    tuned, weight, curve = _interpolated(original, encoder.cpu(), val, recipe, say)
+    tuned.save(out / "model")
+    after = _embed(tuned, manifest.where(needed), recipe, "after", say)
+    parts = division.parts_within(needed)
+    _save_embeddings(out, "after", after, parts)
+    after_scores = measure(after, parts, recipe)
+
+    results = {
+        "before": {part: _plain(scores) for part, scores in _estimates(before_scores).items()},
+        "after": {part: _plain(scores) for part, scores in _estimates(after_scores).items()},
+        "difference": {part: _plain(scores) for part, scores in _differences(before_scores, after_scores).items()},
+        "environment": environment(device, recipe),
+        "data": {
+            "images": len(manifest),
+            "classes": len(manifest.classes),
+            "train_images": int(division.train.sum()),
+            "train_classes": len(train.classes),
+            "val_images": len(val),
+            "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()},
+            "skipped": skipped,
+            "notes": list(division.notes),
+        },
+        "training": _training(fitted, counts, selected) | {"wise_ft": {"weight": weight, "curve": curve}},
+        "model": {
+            "source": original.source,
+            "licence": original.licence,
+            "embedding_dim": tuned.embedding_dim,
+            "size": list(tuned.preprocess.size),
+            "preprocess": asdict(tuned.preprocess),
+        },
+        "seed": recipe.seed,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    page = remake_report(out, manifest=manifest)
+    for part, metrics in results["difference"].items():
+        for name in ("map@r", "accuracy@1shot"):
+            if name in metrics:
+                b, a, d = (results[key][part][name] for key in ("before", "after", "difference"))
+                say(
+                    f"{part} classes, {name}: {b['value']:.3f} -> {a['value']:.3f}, "
+                    f"difference {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}], {d['n']} classes"
+                )
+    say(f"report: {page}")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+def bring(data: Data) -> Manifest:
+    """The manifest that a recipe's `data` names."""
+    kind, where = data.source
+    if not isinstance(where, str) and kind != "benchmark":
+        where = {name: path for name, path in where.model_dump().items() if path is not None}
+    match kind:
+        case "folder":
+            manifest = read_folder(where)
+        case "table":
+            manifest = read_table(where, columns=data.columns, root=data.root)
+        case "coco":
+            manifest = read_coco(where, images=data.root)
+        case "hub":
+            manifest = read_hub(where, columns=data.columns)
+        case _:
+            manifest = load_benchmark(where.name, root=where.root, download=where.download)
+    manifest = manifest.with_padding(data.padding)
+    if data.min_images > 1:
+        labels = manifest.labels()
+        sizes = torch.bincount(labels, minlength=len(manifest.classes))
+        manifest = manifest.where(sizes[labels] >= data.min_images).compact()
+        if len(manifest) == 0:
+            raise InputError(f"data.min_images={data.min_images} leaves no class; the largest has {sizes.max()} images")
+    return manifest
+
+
+def open_model(recipe: Recipe) -> Encoder:
+    """The encoder that a recipe names, before any change but that of its preprocessing."""
+    return load_encoder(
+        recipe.model,
+        size=recipe.preprocess.size,
+        crop=recipe.preprocess.crop,
+        cache_dir=recipe.cache_dir,
+        random_init=recipe.random_init,
+    )
+
+
+def measure(embeddings: Embeddings, parts: Mapping[str, Part], recipe: Recipe) -> dict[str, list[PerQuery]]:
+    """Both protocols on each part: leave-one-out retrieval, and k-shot prototypes over seeded draws.
+
+    One value a query; nothing is averaged here.
+    """
+    scores = {}
+    for name, part in parts.items():
+        queries = embeddings.where(part.queries)
+        catalog = embeddings.where(part.catalog) if part.catalog is not None else None
+        fallback = embeddings.where(part.fallback) if part.fallback is not None else None
+        scores[name] = [
+            retrieval_scores(queries, ks=tuple(recipe.recall_at)),
+            prototype_scores(
+                queries, catalog, shots=tuple(recipe.shots), draws=recipe.draws, seed=recipe.seed, fallback=fallback
+            ),
+        ]
+    return scores
+
+
+def evaluate(
+    encoder: Encoder,
+    catalog: Manifest,
+    queries: Manifest,
+    *,
+    shots: Sequence[int] = (1, 3, 10),
+    ks: Sequence[int] = (1, 5, 10),
+    draws: int = 20,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+) -> Metrics:
+    """How well a model finds the class of `queries` among `catalog`: retrieval and k-shot prototypes.
+
+    Labels are matched by class name. A query whose class the catalog lacks cannot be right; it is an error.
+
+    Raises:
+        InputError: a class of the queries is not in the catalog.
+    """
+    missing = sorted(set(queries.compact().classes) - set(catalog.compact().classes))
+    if missing:
+        raise InputError(
+            f"{len(missing)} classes of the queries are not in the catalog (first: {', '.join(missing[:5])}); "
+            "add a reference image of each, or leave those queries out"
+        )
+    classes = catalog.compact().classes
+    gallery, asked = (
+        embed(encoder, side.with_classes(classes), cache=cache, device=device, workers=workers)
+        for side in (catalog, queries)
+    )
+    return {
+        **mean(retrieval_scores(asked, gallery, ks=tuple(ks))),
+        **mean(prototype_scores(asked, gallery, shots=tuple(shots), draws=draws, seed=seed)),
+    }
+
+
+def remake_report(out: str | Path, *, manifest: Manifest | None = None) -> Path:
+    """Write a run folder's page from its files; no model and no GPU are needed, pictures come from the images."""
+    out = Path(out)
+    try:
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        recipe_text = (out / "recipe.yaml").read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} is not a finished run folder: {error.filename} is missing") from error
+    history_path = out / "history.jsonl"
+    history = [json.loads(line) for line in history_path.read_text().splitlines()] if history_path.exists() else []
+    if manifest is None:
+        manifest = bring(Recipe.load(out / "recipe.yaml").data)
+    sides = {
+        side: {p.stem: Embeddings.load(p) for p in sorted((out / "embeddings" / side).glob("*.safetensors"))}
+        for side in ("before", "after")
+    }
+    record = Record(results=results, history=history, recipe=recipe_text, before=sides["before"], after=sides["after"])
+    page = out / "report.html"
+    _write(page, report(record, picture_of(manifest)))
+    return page
+
+
+def picture_of(manifest: Manifest) -> Callable[[str], Image | None]:
+    """A callable from a row's id to its picture, or None where it cannot be opened."""
+    from PIL import Image
+
+    rows = {name: i for i, name in enumerate(manifest.ids())}
+
+    def picture(name: str) -> Image.Image | None:
+        if name not in rows:
+            return None
+        try:
+            return Image.fromarray(manifest.image(rows[name], at_least=(96, 96)).permute(1, 2, 0).numpy())
+        except InputError:
+            return None
+
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------- pieces
+
+
+def _embed(encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say: Say) -> Embeddings:
+    say(f"{stage}: embedding {len(manifest):,} images")
+    return embed(
+        encoder,
+        manifest,
+        batch_size=recipe.embed_batch_size,
+        cache=default_cache() if recipe.cache == "auto" else recipe.cache,
+        workers=recipe.workers,
+        device=recipe.device,
+        precision=recipe.precision,
+        on_error=recipe.data.on_error,
+    )
+
+
+def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, list[str]]:
+    """The manifest without the rows that could not be embedded, and their ids."""
+    got = set(embeddings.ids)
+    keep = [name in got for name in manifest.ids()]
+    return manifest.where(torch.tensor(keep)), [name for name, ok in zip(manifest.ids(), keep, strict=True) if not ok]
+
+
+def _divide(manifest: Manifest, recipe: Recipe) -> Division:
+    kind, settings = recipe.split.chosen
+    return divide(manifest, kind, **settings.model_dump())
+
+
+def _adapters(recipe: Recipe) -> list[dict[str, Any]]:
+    return [{name: settings.model_dump()} for name, settings in (adapter.chosen for adapter in recipe.adapt)]
+
+
+def _objective(
+    encoder: Encoder, original: Encoder, train: Manifest, untuned: Embeddings, recipe: Recipe
+) -> LabelObjective:
+    name, settings = recipe.loss.chosen
+    if name in PROXY_LOSSES:
+        loss = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
+        if recipe.class_means:
+            if encoder.embedding_dim == original.embedding_dim:
+                vectors = untuned.vectors
+            else:  # a new head: the means have to pass through it
+                vectors = embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
+            start_from_class_means(loss, vectors, train.labels())
+    else:
+        loss = PAIR_LOSSES[name](**settings.model_dump())
+    return LabelObjective(
+        encoder, loss, retention=recipe.retention, reference=original if recipe.retention else None
+    )
+
+
+def _sampler(train: Manifest, recipe: Recipe) -> ShuffleSampler | PKSampler:
+    kind, settings = recipe.sampler.chosen
+    if kind == "pk":
+        return PKSampler(train.labels(), **settings.model_dump(), seed=recipe.seed)
+    return ShuffleSampler(len(train), min(settings.batch_size, len(train)), seed=recipe.seed)
+
+
+def _optimizer(objective: LabelObjective, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = parameter_groups(objective, lr=recipe.lr, loss_lr=recipe.loss_lr, weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> dict[str, float]:
+    embeddings = embed(
+        encoder, val, workers=recipe.workers, device=recipe.device, precision=recipe.precision, batch_size=128
+    )
+    scores = retrieval_scores(embeddings, ks=tuple(recipe.recall_at))
+    return {name: float(torch.nanmean(values)) for name, values in scores.values.items()}
+
+
+def _interpolated(
+    original: Encoder, tuned: Encoder, val: Manifest, recipe: Recipe, say: Say
+) -> tuple[Encoder, float, list[dict[str, float]]]:
+    """WiSE-FT: theta = (1 - w) original + w tuned; "auto" takes the w that is best on validation."""
+    if recipe.wise_ft is None:
+        return merge(tuned), 1.0, []
+    if recipe.wise_ft != "auto":
+        return interpolate(original, tuned, recipe.wise_ft), recipe.wise_ft, []
+    if len(val) == 0:
+        raise InputError("wise_ft: auto chooses on validation images, and the split has none")
+    curve = []
+    for weight in WISE_FT_WEIGHTS:
+        metrics = _validate(interpolate(original, tuned, weight), val, recipe)
+        curve.append({"weight": weight} | metrics)
+    best = max(curve, key=lambda point: point[recipe.monitor])["weight"]
+    say(f"interpolation: weight {best} is best on validation")
+    return interpolate(original, tuned, best), best, curve
+
+
+def _estimates(scores: Mapping[str, Sequence[PerQuery]]) -> dict[str, Metrics]:
+    return {part: {k: v for values in protocols for k, v in mean(values).items()} for part, protocols in scores.items()}
+
+
+def _differences(
+    before: Mapping[str, Sequence[PerQuery]], after: Mapping[str, Sequence[PerQuery]]
+) -> dict[str, Metrics]:
+    return {
+        part: {
+            name: estimate
+            for b, a in zip(before[part], after[part], strict=True)
+            for name, estimate in paired_difference(b, a).items()
+        }
+        for part in before
+    }
+
+
+def _plain(metrics: Metrics) -> dict[str, dict[str, float | None]]:
+    """JSON has no NaN: an undefined bound is null."""
+    return {
+        name: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(estimate).items()}
+        for name, estimate in metrics.items()
+    }
+
+
+def _part_counts(manifest: Manifest, part: Part) -> dict[str, int]:
+    labels = manifest.labels()
+    return {
+        "queries": int(part.queries.sum()),
+        "classes": int(labels[part.queries].unique().numel()),
+        "catalog": int(part.catalog.sum()) if part.catalog is not None else 0,
+    }
+
+
+def _training(fitted: FitResult, counts: Mapping[str, int], selected: bool) -> dict[str, Any]:
+    losses = [row for row in fitted.history if "images_per_second" in row]
+    return {
+        "steps": fitted.steps,
+        "best_step": fitted.best_step,
+        "best_value": fitted.best_value,
+        "selected_on": "validation" if selected else "nothing: the last step",
+        "stopped_early": fitted.stopped_early,
+        "seconds": round(fitted.seconds, 1),
+        "images_per_second": round(float(np.median([row["images_per_second"] for row in losses])), 1) if losses else None,
+        "trained_parameters": counts["trained"],
+        "inference_parameters": counts["inference"],
+        "total_parameters": counts["total"],
+    }
+
+
+def _save_embeddings(out: Path, side: str, embeddings: Embeddings, parts: Mapping[str, Part]) -> None:
+    folder = out / "embeddings" / side
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        embeddings.where(part.queries).save(folder / f"{name}.safetensors")
+
+
+def environment(device: torch.device, recipe: Recipe) -> dict[str, Any]:
+    """What the numbers were made with: versions, hardware, arithmetic, date."""
+    names = ("vicinal", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "peft")
+    dtype = autocast_dtype(recipe.precision, device)
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _identity(recipe: Recipe) -> str:
+    """What must not change between a run and its resumption: all of the recipe but where and how fast it is computed."""
+    free = {"device", "workers", "cache", "checkpoint_every", "keep", "trackers", "cache_dir", "embed_batch_size"}
+    content = json.dumps(recipe.model_dump(mode="json", exclude=free), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  third-party code draws from numpy's global state
+    torch.manual_seed(seed)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)
