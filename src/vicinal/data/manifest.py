@@ -1,0 +1,332 @@
+"""One table for every data set: an image path, a label, and whatever else is known about the picture.
+
+Letters: N rows, C classes. A row is one picture, or one box of a picture. Columns (only `image` and
+`label` are always there):
+
+    image   str    path, relative to `root` (or absolute), with forward slashes
+    label   str    name of the class; empty in every row where the data has no labels
+    text    str    a caption
+    box     4 x f  x0, y0, x1, y1 in pixels of the picture as it is shown (EXIF rotation applied)
+    group   str    what must never straddle a split: a photographer, a shop, a patient
+    split   str    train, val or test
+    copy    int    which of several rows with the same picture and box this is; only there where such rows exist
+
+Any further column is carried along. The table is Arrow's, so no step here walks over rows in Python.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from vicinal.types import InputError
+
+__all__ = ["Manifest"]
+
+BOX = pa.list_(pa.float64(), 4)
+WORDS = ("label", "text", "group", "split")  # columns that hold a word in each row
+FEW = 5  # how many offenders a message names before it only counts
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A table of images with their classes; built by the `read_*` functions or by `Manifest.build`.
+
+    Args:
+        table: the columns of the module's docstring, and any more.
+        root: the folder that relative image paths start from.
+        classes: C names; a row's label is a position in this tuple.
+        padding: by which share of its longer side each box is widened on every side before the picture is cut.
+
+    >>> m = Manifest.build({"image": ["a.png", "b.png", "c.png"], "label": [10, 9, 10]}, "photos")
+    >>> m.classes, m.labels().tolist(), m.ids()
+    (('9', '10'), [1, 0, 1], ('a.png', 'b.png', 'c.png'))
+    """
+
+    table: pa.Table
+    root: Path
+    classes: tuple[str, ...]
+    padding: float = 0.0
+
+    @classmethod
+    def build(
+        cls,
+        table: pa.Table | dict[str, Any],
+        root: str | Path,
+        *,
+        classes: Sequence[str] | None = None,
+        padding: float = 0.0,
+        name: str = "the table",
+    ) -> Manifest:
+        """A manifest from any table with an `image` column; types are mended, mistakes are named.
+
+        Args:
+            table: an Arrow table, or a mapping of column names to values.
+            root: the folder that relative image paths start from.
+            classes: the names of the classes in their order. None: the distinct labels, sorted; integers as integers.
+            padding: see `Manifest`.
+            name: what error messages call the table, usually its file.
+
+        Raises:
+            InputError: no image column, a row without an image, some rows with a label and some without, a label that
+                `classes` lacks, a box that is not four finite numbers with x0 < x1 and y0 < y1.
+        """
+        if not isinstance(table, pa.Table):
+            table = pa.table(table)
+        table = _typed(table, name)
+        if classes is None:
+            classes = _sorted_names(table["label"])
+        else:
+            classes = tuple(str(c) for c in classes)
+            known = pc.is_in(table["label"], value_set=pa.array(classes, pa.string()))
+            strange = pc.unique(table["label"].filter(pc.and_(pc.invert(known), pc.is_valid(table["label"]))))
+            if len(strange):
+                raise InputError(f"{name}: {_named(strange.to_pylist())} not among the {len(classes)} classes given")
+        return cls(_numbered(table), Path(root).expanduser(), tuple(classes), padding)
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the columns."""
+        return tuple(self.table.column_names)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of a column as Python objects.
+
+        Raises:
+            InputError: there is no such column.
+        """
+        if name not in self.table.column_names:
+            raise InputError(f"there is no column {name!r}; the table has {', '.join(self.table.column_names)}")
+        return list(self.table[name].to_pylist())
+
+    def labels(self) -> Int[Tensor, "N"]:
+        """Each row's position in `classes`, int64; 0 everywhere where the data has no labels (`classes` is empty)."""
+        if not self.classes:
+            return torch.zeros(len(self), dtype=torch.int64)
+        found = pc.index_in(self.table["label"], value_set=pa.array(self.classes, pa.string()))
+        return torch.from_numpy(found.to_numpy().astype(np.int64))
+
+    def ids(self) -> tuple[str, ...]:
+        """One name a row, the same in every part of the manifest.
+
+        The image path; with `#x0,y0,x1,y1` where the row has a box; with `#2`, `#3` for the second and third row of the
+        same picture and box.
+
+        >>> m = Manifest.build({"image": ["a.png"] * 3, "label": ["x"] * 3, "box": [[0, 0, 2, 2], None, None]}, ".")
+        >>> m.ids(), m.where([False, False, True]).ids()
+        (('a.png#0,0,2,2', 'a.png', 'a.png#2'), ('a.png#2',))
+        """
+        ids = self.column("image")
+        if "box" in self.table.column_names:
+            boxes = self.column("box")
+            ids = [
+                i if b is None else f"{i}#{','.join(format(v, '.12g') for v in b)}"
+                for i, b in zip(ids, boxes, strict=True)
+            ]
+        if "copy" in self.table.column_names:
+            ids = [i if n == 0 else f"{i}#{n + 1}" for i, n in zip(ids, self.column("copy"), strict=True)]
+        return tuple(ids)
+
+    def where(self, mask: Bool[Tensor, "N"] | np.ndarray[Any, Any] | Sequence[bool]) -> Manifest:
+        """The rows where `mask` is true, in order. `classes` stay, so labels stay comparable; see `compact`."""
+        keep = np.asarray(mask)
+        if keep.dtype != np.bool_ or keep.shape != (len(self),):
+            raise ValueError(f"where takes {len(self)} truth values, not {keep.dtype} of shape {keep.shape}")
+        return replace(self, table=self.table.filter(pa.array(keep)))
+
+    def compact(self) -> Manifest:
+        """The same rows, with only the classes that they use, in their order."""
+        used = set(pc.unique(self.table["label"]).to_pylist())
+        return replace(self, classes=tuple(c for c in self.classes if c in used))
+
+    def with_classes(self, classes: Sequence[str]) -> Manifest:
+        """The same rows with other classes, so that labels count positions in those.
+
+        Raises:
+            InputError: a row's class is not among them.
+        """
+        return Manifest.build(self.table, self.root, classes=classes, padding=self.padding)
+
+    def with_padding(self, padding: float) -> Manifest:
+        """The same rows, each box widened by this share of its longer side when the picture is read."""
+        if not (np.isfinite(padding) and padding >= 0):
+            raise InputError(f"padding is a share of the box's longer side, 0 or more, not {padding}")
+        return replace(self, padding=float(padding))
+
+    def concat(self, *others: Manifest) -> Manifest:
+        """The rows of all, one after another. They must share root, classes and padding.
+
+        Raises:
+            ValueError: they do not.
+        """
+        for other in others:
+            if (other.root, other.classes, other.padding) != (self.root, self.classes, self.padding):
+                raise ValueError("concat takes manifests of the same root, classes and padding")
+        tables = [m.table.drop_columns(["copy"] if "copy" in m.names() else []) for m in (self, *others)]
+        table = pa.concat_tables(tables, promote_options="default")
+        return Manifest.build(table, self.root, classes=self.classes, padding=self.padding)
+
+    def path(self, row: int) -> Path:
+        """Where the image file of a row lies."""
+        return self.root / self.table["image"][row].as_py()
+
+    def image(self, row: int, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
+        """The picture of a row: rotated as EXIF says, cut to its box, RGB. See `vicinal.data.images.read_image`."""
+        from vicinal.data.images import read_image
+
+        box = self.table["box"][row].as_py() if "box" in self.table.column_names else None
+        return read_image(
+            self.path(row), box=None if box is None else tuple(box), padding=self.padding, at_least=at_least
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one Parquet file. `root` is stored relative to it, so that a folder with its data can be moved."""
+        path = Path(path).expanduser()
+        try:
+            root = Path(os.path.relpath(self.root.resolve(), path.parent.resolve())).as_posix()
+        except ValueError:  # another drive, on Windows
+            root = self.root.resolve().as_posix()
+        known = {"classes": self.classes, "root": root, "padding": self.padding}
+        table = self.table.replace_schema_metadata({"vicinal": json.dumps(known)})
+        part = path.with_name(f".{path.name}.part")
+        pq.write_table(table, part, compression="zstd")
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is missing, or holds something else.
+        """
+        path = Path(path).expanduser()
+        try:
+            table = pq.read_table(path, memory_map=True)
+            known = json.loads(table.schema.metadata[b"vicinal"])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} is not a manifest saved by vicinal ({error}); read tables with read_table"
+            ) from error
+        root = Path(os.path.normpath(path.parent / known["root"]))
+        return cls.build(
+            table.replace_schema_metadata(None),
+            root,
+            classes=known["classes"],
+            padding=known["padding"],
+            name=str(path),
+        )
+
+
+def _typed(table: pa.Table, name: str) -> pa.Table:
+    """The table with each known column in its own type and no row that cannot be used."""
+    if "image" not in table.column_names:
+        raise InputError(f"{name} has no column 'image'; it has {', '.join(table.column_names) or 'no columns'}")
+    if table.num_rows == 0:
+        raise InputError(f"{name} has no rows")
+    columns = {"image": _words(table["image"], "image", name)}
+    columns["label"] = (
+        _words(table["label"], "label", name)
+        if "label" in table.column_names
+        else pa.chunked_array([pa.nulls(table.num_rows, pa.string())])
+    )
+    for column in table.column_names:
+        if column not in columns:
+            columns[column] = _words(table[column], column, name) if column in WORDS else table[column]
+    if "box" in columns:
+        columns["box"] = _boxes(columns["box"], name)
+    empty = _rows(pc.is_null(columns["image"]))
+    if len(empty):
+        raise InputError(f"{name}: no image in {_row_list(empty)}")
+    unlabelled = _rows(pc.is_null(columns["label"]))
+    if 0 < len(unlabelled) < table.num_rows:
+        raise InputError(f"{name}: no label in {_row_list(unlabelled)}; give one, or leave those rows out")
+    return pa.table(columns)
+
+
+def _words(column: pa.ChunkedArray, what: str, name: str) -> pa.ChunkedArray:
+    """A column as strings; the empty string is no value."""
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
+        hint = "; read data sets with pictures inside by read_hub" if what == "image" else ""
+        raise InputError(f"{name}: column {what!r} holds {kind}, not words{hint}")
+    if pa.types.is_floating(kind):  # integers with gaps are read as floats by some writers: 3.0 means the class 3
+        whole = pc.all(pc.equal(column, pc.floor(column))).as_py()
+        column = column.cast(pa.int64()) if whole is not False else column
+    words = column.cast(pa.string())
+    return pc.if_else(pc.equal(words, ""), pa.scalar(None, pa.string()), words)
+
+
+def _boxes(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """A column as four floats a row, or null."""
+    try:
+        boxes = column.cast(BOX)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(f"{name}: a box is four numbers x0, y0, x1, y1, or nothing ({error})") from error
+    given = np.flatnonzero(pc.is_valid(boxes).to_numpy())
+    corners = np.asarray(pc.list_flatten(boxes.drop_null()).to_numpy(), float).reshape(-1, 4)
+    good = np.isfinite(corners).all(1) & (corners[:, 0] < corners[:, 2]) & (corners[:, 1] < corners[:, 3])
+    if not good.all():
+        first = np.flatnonzero(~good)[0]
+        raise InputError(
+            f"{name}: a box is x0, y0, x1, y1 with x0 < x1 and y0 < y1; {_row_list(given[~good])}: "
+            f"{corners[first].tolist()}"
+        )
+    return boxes
+
+
+def _numbered(table: pa.Table) -> pa.Table:
+    """The table with a column `copy`, where several rows have the same picture and box."""
+    if "copy" in table.column_names or pc.count_distinct(table["image"]).as_py() == table.num_rows:
+        return table
+    pictures = table["image"].combine_chunks().dictionary_encode().indices.to_numpy()
+    key = pictures.astype(np.float64)[:, None]
+    if "box" in table.column_names:
+        boxes = table["box"]
+        corners = np.full((table.num_rows, 4), -1.0)
+        corners[pc.is_valid(boxes).to_numpy()] = pc.list_flatten(boxes.drop_null()).to_numpy().reshape(-1, 4)
+        key = np.concatenate([key, corners], 1)
+    _, same = np.unique(key, axis=0, return_inverse=True)
+    order = np.argsort(same, kind="stable")
+    starts = np.flatnonzero(np.diff(same[order], prepend=-1))
+    copy = np.empty(len(same), np.int32)
+    copy[order] = np.arange(len(same)) - np.repeat(starts, np.diff(starts, append=len(same)))
+    return table.append_column("copy", pa.array(copy)) if copy.any() else table
+
+
+def _sorted_names(labels: pa.ChunkedArray) -> tuple[str, ...]:
+    """The distinct labels in order; all integers: as integers."""
+    names = sorted(name for name in pc.unique(labels).to_pylist() if name is not None)
+    if names and all(name.removeprefix("-").isdecimal() for name in names):
+        names.sort(key=int)
+    return tuple(names)
+
+
+def _rows(mask: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+    return np.flatnonzero(mask.to_numpy())
+
+
+def _row_list(rows: np.ndarray[Any, Any]) -> str:
+    """Rows for a message: counted from 1, the header of a file not counted."""
+    first = ", ".join(str(r + 1) for r in rows[:FEW])
+    more = f" and {len(rows) - FEW:,} more" if len(rows) > FEW else ""
+    return f"row{'s' if len(rows) > 1 else ''} {first}{more}"
+
+
+def _named(words: Sequence[str]) -> str:
+    """Words for a message: the first few, then a count, then the verb."""
+    more = f" and {len(words) - FEW:,} more" if len(words) > FEW else ""
+    return f"{', '.join(repr(w) for w in words[:FEW])}{more} {'are' if len(words) > 1 else 'is'}"
