@@ -18,12 +18,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
 from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
 from vicinal.models.adapters import ADAPTERS
 from vicinal.types import InputError
 
-__all__ = ["Data", "Recipe", "Split", "apply_override", "json_schema"]
+__all__ = ["Data", "Recipe", "Split", "apply_override", "json_schema", "starter"]
 
 
 class _Strict(BaseModel):
@@ -285,6 +286,35 @@ class Recipe(_Strict):
         """The resolved recipe: every key with its value, defaults included; `load` reads it back to an equal recipe."""
         content = json.loads(self.model_dump_json())
         return yaml.safe_dump(_without_unchosen(content), sort_keys=False, allow_unicode=True, width=120)
+
+
+def starter(kind: str, source: str | Path, manifest: Manifest, model: str) -> str:
+    """A commented recipe for the data that was found: what it holds decides the split and the sampler.
+
+    >>> import pyarrow as pa
+    >>> rows = {"image": ["a.png", "b.png"], "label": ["x", "y"], "split": ["train", "test"]}
+    >>> print(starter("table", "t.csv", Manifest.build(pa.table(rows), "."), "timm:vit_tiny_patch16_224").splitlines()[0])
+    # 2 images of 2 classes, 1.0 images a class on average; columns: image, label, split
+    """
+    images, classes = len(manifest), len(manifest.classes)
+    columns = ", ".join(manifest.names())
+    lines = [
+        f"# {images:,} images of {classes:,} classes, {images / max(1, classes):.1f} images a class on average; "
+        f"columns: {columns}",
+        f"data:    {{{kind}: {json.dumps(str(source))}}}",
+        "split:   {class_disjoint: {holdout: 0.2, seed: 42}}      # 20 % of the classes are never seen in training",
+        f"model:   {model}",
+        "adapt:   [{lora: {rank: 8}}]",
+        "loss:    {arcface: {margin: 0.3, scale: 20}}",
+        "sampler: {shuffle: {batch_size: 64}}",
+        "epochs:  12                                             # or steps: 1000",
+        "",
+    ]
+    if "split" in manifest.names():
+        lines.insert(3, "#        {official: {}} instead: train, val and test as the `split` column says")
+    if "group" in manifest.names():
+        lines.insert(3, "#        {grouped: {column: group}} instead: no group on both sides")
+    return "\n".join(lines)
 
 
 def json_schema() -> dict[str, Any]:

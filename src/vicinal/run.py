@@ -50,7 +50,18 @@ from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["bring", "evaluate", "measure", "open_model", "picture_of", "remake_report", "run"]
+__all__ = [
+    "bring",
+    "bring_path",
+    "environment",
+    "evaluate",
+    "measure",
+    "open_model",
+    "open_uri",
+    "picture_of",
+    "remake_report",
+    "run",
+]
 
 Say = Callable[[str], None]
 WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -207,6 +218,26 @@ def bring(data: Data) -> Manifest:
         if len(manifest) == 0:
             raise InputError(f"data.min_images={data.min_images} leaves no class; the largest has {sizes.max()} images")
     return manifest
+
+
+def bring_path(path: str | Path, columns: Mapping[str, str] | None = None) -> tuple[str, Manifest]:
+    """The manifest at a path, by what stands there: a folder, a COCO file, or a table. Returns its kind with it.
+
+    Raises:
+        InputError: nothing is there, or nothing that is known.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return "folder", read_folder(path)
+    if path.suffix == ".json":
+        return "coco", read_coco(path)
+    return "table", read_table(path, columns=columns or {})
+
+
+def open_uri(model: str, *, size: int | None = None) -> Encoder:
+    """The encoder of a model's address, of a folder that holds one, or of a run folder (its tuned model)."""
+    tuned = Path(model).expanduser() / "model"
+    return load_encoder(str(tuned) if (tuned / "vicinal.json").exists() else model, size=size)
 
 
 def open_model(recipe: Recipe) -> Encoder:
