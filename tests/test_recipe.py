@@ -1,0 +1,117 @@
+"""Recipes: strict, with the nearest name on a typo; overrides; the way there and back through YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from vicinal.recipe import ONE_OF, Recipe, apply_override, json_schema
+from vicinal.types import InputError
+
+ROOT = Path(__file__).parent.parent
+LEAST = {"data": {"folder": "photos"}, "model": "timm:vit_tiny_patch16_224"}
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+
+def write(tmp_path: Path, content: dict[str, object]) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"stepz": 3}, "stepz: unknown key; did you mean 'steps'?"),
+        ({"data": {"foldr": "x"}}, "did you mean 'folder'?"),
+        ({"loss": {"arcfaze": {}}}, "did you mean 'arcface'?"),
+        ({"loss": {"arcface": {"margn": 0.1}}}, "did you mean 'margin'?"),
+        ({"adapt": [{"lora": {"ranks": 4}}]}, "did you mean 'rank'?"),
+        ({"adapt": [{"loora": {}}]}, "did you mean 'lora'?"),
+        ({"augment": "lite"}, "did you mean 'light'?"),
+        ({"split": {"class_disjoint": {"holdout": 1.5}}}, "split.class_disjoint.holdout"),
+        ({"loss": {"arcface": {}, "cosface": {}}}, "exactly one"),
+        ({"data": {"folder": "a", "table": "b"}}, "exactly one of folder, table, coco, hub, benchmark"),
+        ({"adapt": []}, "adapt"),
+        ({"steps": "many"}, "steps"),
+        ({"wise_ft": "auto", "split": {"class_disjoint": {"val": 0.0}}}, "split.class_disjoint.val"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        Recipe.parse(LEAST | wrong, name="mine.yaml")
+    assert message in str(error.value)
+    assert str(error.value).startswith("mine.yaml: ")
+
+
+def test_every_mistake_is_told_at_once() -> None:
+    with pytest.raises(InputError) as error:
+        Recipe.parse({"stepz": 3, "lrr": 1})
+    assert all(word in str(error.value) for word in ("stepz", "lrr", "data: is required", "model: is required"))
+
+
+def test_an_override_replaces_the_alternative(tmp_path: Path) -> None:
+    path = write(tmp_path, LEAST | {"loss": {"arcface": {"margin": 0.4}}, "adapt": [{"lora": {"rank": 4}}]})
+    overrides = [
+        "data.table=t.csv",
+        "loss.cosface.margin=0.2",
+        "adapt.0.lora.rank=16",
+        "adapt.1.linear_head.dim=64",
+        "split.official={}",
+        "lr=3e-4",
+        "preprocess.size=112",
+    ]
+    recipe = Recipe.load(path, overrides)
+    assert recipe.data.source == ("table", "t.csv")
+    assert recipe.loss.chosen[0] == "cosface"
+    assert recipe.loss.chosen[1].margin == 0.2
+    assert [adapter.chosen[0] for adapter in recipe.adapt] == ["lora", "linear_head"]
+    assert recipe.adapt[0].chosen[1].rank == 16
+    assert recipe.split.chosen[0] == "official"
+    assert recipe.lr == 3e-4
+    assert recipe.preprocess.size == 112
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "adapt.x.lora.rank=2", "adapt.7.lora.rank=2", "model.name=3"])
+def test_an_override_that_says_nothing_is_refused(override: str) -> None:
+    with pytest.raises(InputError):
+        apply_override({"adapt": [{"lora": {}}], "model": "timm:x"}, override)
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = Recipe.parse(
+        LEAST | {"data": {"coco": {"train": "a.json", "test": "b.json"}}, "sampler": {"pk": {}}, "adapt": [{"full": {}}]}
+    )
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe.to_yaml())
+    assert Recipe.load(path) == recipe
+    assert "steps:" in recipe.to_yaml(), "defaults are written out"
+
+
+def test_the_schema_accepts_recipes_and_refuses_typos() -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.validate(LEAST)
+    assert len(RECIPES) == 3
+    for path in RECIPES:
+        validator.validate(yaml.safe_load(path.read_text()))
+    with pytest.raises(jsonschema.ValidationError):
+        validator.validate(LEAST | {"stepz": 1})
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml"):
+        Recipe.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    with pytest.raises(InputError, match="is not YAML"):
+        Recipe.load(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(InputError, match="must be a mapping"):
+        Recipe.load(tmp_path / "list.yaml")
+
+
+def test_every_alternative_is_reachable() -> None:
+    assert {"arcface", "cosface", "ntxent", "supcon", "triplet"} <= set(ONE_OF["loss"])
+    assert {"lora", "full", "last_blocks", "linear_head", "bitfit"} <= set(ONE_OF["adapt"])
