@@ -33,7 +33,7 @@ from torch import Tensor
 
 from vicinal.types import InputError
 
-__all__ = ["Manifest"]
+__all__ = ["Manifest", "row_list"]
 
 BOX = pa.list_(pa.float64(), 4)
 WORDS = ("label", "text", "group", "split")  # columns that hold a word in each row
@@ -141,7 +141,7 @@ class Manifest:
             ids = [i if n == 0 else f"{i}#{n + 1}" for i, n in zip(ids, self.column("copy"), strict=True)]
         return tuple(ids)
 
-    def where(self, mask: Bool[Tensor, "N"] | np.ndarray[Any, Any] | Sequence[bool]) -> Manifest:
+    def where(self, mask: Bool[Tensor, "N"] | np.ndarray | Sequence[bool]) -> Manifest:
         """The rows where `mask` is true, in order. `classes` stay, so labels stay comparable; see `compact`."""
         keep = np.asarray(mask)
         if keep.dtype != np.bool_ or keep.shape != (len(self),):
@@ -182,7 +182,8 @@ class Manifest:
 
     def path(self, row: int) -> Path:
         """Where the image file of a row lies."""
-        return self.root / self.table["image"][row].as_py()
+        file: str = self.table["image"][row].as_py()
+        return self.root / file
 
     def image(self, row: int, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
         """The picture of a row: rotated as EXIF says, cut to its box, RGB. See `vicinal.data.images.read_image`."""
@@ -250,10 +251,10 @@ def _typed(table: pa.Table, name: str) -> pa.Table:
         columns["box"] = _boxes(columns["box"], name)
     empty = _rows(pc.is_null(columns["image"]))
     if len(empty):
-        raise InputError(f"{name}: no image in {_row_list(empty)}")
+        raise InputError(f"{name}: no image in {row_list(empty)}")
     unlabelled = _rows(pc.is_null(columns["label"]))
     if 0 < len(unlabelled) < table.num_rows:
-        raise InputError(f"{name}: no label in {_row_list(unlabelled)}; give one, or leave those rows out")
+        raise InputError(f"{name}: no label in {row_list(unlabelled)}; give one, or leave those rows out")
     return pa.table(columns)
 
 
@@ -282,7 +283,7 @@ def _boxes(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     if not good.all():
         first = np.flatnonzero(~good)[0]
         raise InputError(
-            f"{name}: a box is x0, y0, x1, y1 with x0 < x1 and y0 < y1; {_row_list(given[~good])}: "
+            f"{name}: a box is x0, y0, x1, y1 with x0 < x1 and y0 < y1; {row_list(given[~good])}: "
             f"{corners[first].tolist()}"
         )
     return boxes
@@ -315,11 +316,11 @@ def _sorted_names(labels: pa.ChunkedArray) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _rows(mask: pa.ChunkedArray) -> np.ndarray[Any, Any]:
+def _rows(mask: pa.ChunkedArray) -> np.ndarray:
     return np.flatnonzero(mask.to_numpy())
 
 
-def _row_list(rows: np.ndarray[Any, Any]) -> str:
+def row_list(rows: np.ndarray) -> str:
     """Rows for a message: counted from 1, the header of a file not counted."""
     first = ", ".join(str(r + 1) for r in rows[:FEW])
     more = f" and {len(rows) - FEW:,} more" if len(rows) > FEW else ""
