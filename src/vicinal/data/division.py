@@ -85,7 +85,7 @@ def divide(
         kind: "class_disjoint", "official" or "grouped".
         holdout: share of the classes (or groups) that are tested on and never trained on.
         seed: of every shuffle.
-        val: share of the remaining classes (or groups) to select on.
+        val: share of the remaining classes (or groups) to select on; none, with a note, where that is under two classes.
         seen: share of each trained class's images kept back, where no `split` column says which.
         column: the group column of "grouped".
 
@@ -107,13 +107,17 @@ def divide(
 
 def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, seen: float) -> Division:
     seen_classes, unseen_classes = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
-    trained_classes, val_classes = class_disjoint(seen_classes, holdout=val, seed=seed) if val else (seen_classes, ())
+    notes = []
+    trained_classes, val_classes = seen_classes, ()
+    if int(len(seen_classes) * val) >= 2:  # among images of one class every neighbour is right
+        trained_classes, val_classes = class_disjoint(seen_classes, holdout=val, seed=seed)
+    elif val:
+        notes.append(f"{len(seen_classes)} classes are too few to keep {val:.0%} back: nothing is selected on")
     labels = manifest.labels()
     trained, selected, unseen = (
         torch.isin(labels, torch.tensor([manifest.classes.index(c) for c in classes], dtype=torch.long))
         for classes in (trained_classes, val_classes, unseen_classes)
     )
-    notes = []
     parts: dict[str, Part] = {}
     if "split" in manifest.names():
         masks = _official_masks(manifest)
