@@ -1,7 +1,8 @@
 """Everything that happens in a run, in the order it happens: bring, divide, baseline, adapt, prove, ship.
 
 A run folder always holds `recipe.yaml` (resolved), `results.json`, `report.html`, `history.jsonl`, `checkpoints/`,
-`embeddings/` (what was measured, so that the page can be made anew) and `model/` (a folder that `load_encoder` takes).
+`embeddings/` and `scores/` (what was measured: vectors, and one value a query, so that the page and any average can be
+made anew) and `model/` (a folder that `load_encoder` takes).
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ __all__ = [
     "bring_path",
     "environment",
     "evaluate",
+    "load_scores",
     "measure",
     "open_model",
     "open_uri",
     "picture_of",
     "remake_report",
     "run",
+    "save_scores",
 ]
 
 Say = Callable[[str], None]
@@ -102,6 +105,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     before = everything.where(needed)
     before_scores = measure(before, division.parts_within(needed), recipe)
     _save_embeddings(out, "before", before, division.parts_within(needed))
+    save_scores(before_scores, out / "scores" / "before.safetensors")
 
     train = manifest.where(division.train).compact()
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
@@ -150,6 +154,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     parts = division.parts_within(needed)
     _save_embeddings(out, "after", after, parts)
     after_scores = measure(after, parts, recipe)
+    save_scores(after_scores, out / "scores" / "after.safetensors")
 
     results = {
         "before": {part: _plain(scores) for part, scores in _estimates(before_scores).items()},
@@ -494,6 +499,40 @@ def _save_embeddings(out: Path, side: str, embeddings: Embeddings, parts: Mappin
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         embeddings.where(part.queries).save(folder / f"{name}.safetensors")
+
+
+def save_scores(scores: Mapping[str, Sequence[PerQuery]], path: Path) -> None:
+    """Write the per-query values of a measurement to one safetensors file; `load_scores` reads them back."""
+    from safetensors.torch import save_file
+
+    tensors, macro = {}, {}
+    for part, protocols in scores.items():
+        for i, values in enumerate(protocols):
+            tensors[f"{part}/{i}/units"] = values.units.contiguous()
+            macro[f"{part}/{i}"] = str(values.macro)
+            tensors |= {f"{part}/{i}/values/{name}": v.contiguous() for name, v in values.values.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, macro)
+
+
+def load_scores(path: str | Path) -> dict[str, list[PerQuery]]:
+    """What `save_scores` wrote: part -> protocols.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    from safetensors import safe_open
+
+    if not Path(path).exists():
+        raise InputError(f"{path} is missing: the run did not finish")
+    scores: dict[str, list[PerQuery]] = {}
+    with safe_open(str(path), framework="pt") as file:
+        for key, macro in sorted(file.metadata().items()):
+            names = [name for name in file.keys() if name.startswith(f"{key}/values/")]  # noqa: SIM118  no iterator
+            values = {name.removeprefix(f"{key}/values/"): file.get_tensor(name) for name in names}
+            part = PerQuery(values, file.get_tensor(f"{key}/units"), macro == "True")
+            scores.setdefault(key.rsplit("/", 1)[0], []).append(part)
+    return scores
 
 
 def environment(device: torch.device, recipe: Recipe) -> dict[str, Any]:
