@@ -1,0 +1,91 @@
+"""vicinal: adapt pretrained image and image-text embedding models to your own domain, and prove that it helped.
+
+The public names, loaded when first used, so that `import vicinal` is quick. The whole way is `vicinal.run.run`: a
+package cannot hold a module and a function of one name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ArcFace": "losses",
+    "BitFit": "models.adapters",
+    "CosFace": "losses",
+    "Embeddings": "types",
+    "Encoder": "models.encoder",
+    "Estimate": "types",
+    "Full": "models.adapters",
+    "InputError": "types",
+    "LabelObjective": "training.objectives",
+    "LastBlocks": "models.adapters",
+    "LinearHead": "models.adapters",
+    "LoRA": "models.adapters",
+    "Manifest": "data.manifest",
+    "Preprocess": "types",
+    "Recipe": "recipe",
+    "adapt": "models.adapters",
+    "check": "data.check",
+    "embed": "embedding",
+    "fit": "training.loop",
+    "interpolate": "models.merging",
+    "load_encoder": "models.backbones",
+    "merge": "models.adapters",
+    "paired_difference": "evaluation.intervals",
+    "prototypes": "evaluation.protocols",
+    "read_coco": "data.sources",
+    "read_folder": "data.sources",
+    "read_hub": "data.sources",
+    "read_table": "data.sources",
+    "report": "evaluation.report",
+    "retrieval": "evaluation.protocols",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605  one table, not two lists
+
+if TYPE_CHECKING:
+    from vicinal.data.check import check as check
+    from vicinal.data.manifest import Manifest as Manifest
+    from vicinal.data.sources import read_coco as read_coco
+    from vicinal.data.sources import read_folder as read_folder
+    from vicinal.data.sources import read_hub as read_hub
+    from vicinal.data.sources import read_table as read_table
+    from vicinal.embedding import embed as embed
+    from vicinal.evaluation.intervals import paired_difference as paired_difference
+    from vicinal.evaluation.protocols import prototypes as prototypes
+    from vicinal.evaluation.protocols import retrieval as retrieval
+    from vicinal.evaluation.report import report as report
+    from vicinal.losses import ArcFace as ArcFace
+    from vicinal.losses import CosFace as CosFace
+    from vicinal.models.adapters import BitFit as BitFit
+    from vicinal.models.adapters import Full as Full
+    from vicinal.models.adapters import LastBlocks as LastBlocks
+    from vicinal.models.adapters import LinearHead as LinearHead
+    from vicinal.models.adapters import LoRA as LoRA
+    from vicinal.models.adapters import adapt as adapt
+    from vicinal.models.adapters import merge as merge
+    from vicinal.models.backbones import load_encoder as load_encoder
+    from vicinal.models.encoder import Encoder as Encoder
+    from vicinal.models.merging import interpolate as interpolate
+    from vicinal.recipe import Recipe as Recipe
+    from vicinal.training.loop import fit as fit
+    from vicinal.training.objectives import LabelObjective as LabelObjective
+    from vicinal.types import Embeddings as Embeddings
+    from vicinal.types import Estimate as Estimate
+    from vicinal.types import InputError as InputError
+    from vicinal.types import Preprocess as Preprocess
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vicinal' has no attribute {name!r}")
+    value = getattr(import_module(f"vicinal.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,105 @@
+"""The command line as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pictures import write_folder
+
+from vicinal import cli
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("photos") / "shapes", classes=10)
+
+
+def vicinal(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["vicinal", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    return 0
+
+
+SMALL = (
+    "random_init=true",
+    "preprocess.size=32",
+    "steps=3",
+    "draws=2",
+    "workers=0",
+    "device=cpu",
+    "sampler.shuffle.batch_size=8",
+    "trackers=[]",
+)
+
+
+def test_from_a_folder_to_a_page(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "shapes.yaml", tmp_path / "run"
+    assert vicinal(monkeypatch, "init", photos, "--out", recipe, "--model", "timm:test_vit") == 0
+    assert "60 images of 10 classes" in capsys.readouterr().out
+    assert vicinal(monkeypatch, "train", recipe, *SMALL, f"out={out}") == 0
+    printed = capsys.readouterr().out
+    assert "unseen classes, map@r" in printed
+    assert str(out / "report.html") in printed
+    assert vicinal(monkeypatch, "report", out) == 0
+    metrics = tmp_path / "metrics.json"
+    words = ("eval", out, "--catalog", photos, "--queries", photos, "--k", 1, 3, "--device", "cpu", "--json", metrics)
+    assert vicinal(monkeypatch, *words) == 0
+    assert {"accuracy@1shot", "accuracy@3shot"} <= set(json.loads(metrics.read_text()))
+    vectors = tmp_path / "vectors.safetensors"
+    assert vicinal(monkeypatch, "embed", out, photos, "--out", vectors, "--device", "cpu") == 0
+    assert vectors.exists()
+
+
+def test_check_tells_and_ends_with_its_finding(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vicinal(monkeypatch, "check", photos) == 0
+    assert "60" in capsys.readouterr().out
+    broken = write_folder(tmp_path / "broken", classes=3)
+    (next(broken.iterdir()) / "0.png").write_bytes(b"no picture")
+    assert vicinal(monkeypatch, "check", broken, "--json", tmp_path / "found.json") == 1
+    assert "0.png" in capsys.readouterr().out
+    assert "0.png" in (tmp_path / "found.json").read_text()
+
+
+def test_prepare_writes_public_and_holdout(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert vicinal(monkeypatch, "prepare", photos, "--out", tmp_path / "out", "--holdout", 0.3) == 0
+    names = {path.name for path in (tmp_path / "out").rglob("*.json")}
+    assert any("public" in name for name in names)
+    assert any("holdout" in name for name in names)
+
+
+def test_a_mistake_is_one_line_on_stderr(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"data: {{folder: {photos}}}\nmodel: timm:test_vit\nstepz: 3\n")
+    assert vicinal(monkeypatch, "train", recipe) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'steps'?" in error
+    assert "Traceback" not in error
+    assert vicinal(monkeypatch, "train", tmp_path / "none.yaml") == 2
+    assert "none.yaml" in capsys.readouterr().err
+    assert vicinal(monkeypatch, "report", tmp_path) == 2
+    assert vicinal(monkeypatch, "init", tmp_path / "nothing") == 2
+
+
+def test_schema_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vicinal(monkeypatch, "schema") == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
+
+
+def test_import_stays_light() -> None:
+    heavy = "open_clip timm transformers peft accelerate matplotlib datasets tensorboard"
+    code = f"import sys, vicinal, vicinal.cli; print([m for m in '{heavy}'.split() if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,216 @@
+"""The whole way, on drawn pictures and a small random model: what a run folder holds, and what stops a run early."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from pictures import write_csv, write_folder
+
+from vicinal.data.manifest import Manifest
+from vicinal.embedding import embed
+from vicinal.evaluation.intervals import mean
+from vicinal.models.backbones import load_encoder
+from vicinal.recipe import Recipe
+from vicinal.run import bring, evaluate, load_scores, open_uri, remake_report, run
+from vicinal.types import InputError
+
+MODEL = "timm:test_vit"
+
+
+def recipe(**changes: object) -> Recipe:
+    content = {
+        "model": MODEL,
+        "random_init": True,
+        "preprocess": {"size": 32},
+        "split": {"class_disjoint": {"holdout": 0.34, "seed": 1, "val": 0.3, "seen": 0.34}},
+        "adapt": [{"lora": {"rank": 2}}],
+        "sampler": {"shuffle": {"batch_size": 8}},
+        "steps": 3,
+        "draws": 3,
+        "shots": [1, 2],
+        "workers": 0,
+        "precision": "fp32",
+        "device": "cpu",
+        "trackers": [],
+    }
+    return Recipe.parse(content | changes)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folder(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def finished(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(recipe(data={"folder": str(photos)}), tmp_path_factory.mktemp("runs") / "run", say=lambda _: None)
+
+
+def test_a_run_folder_holds_what_it_promises(finished: Path) -> None:
+    for name in ("recipe.yaml", "results.json", "report.html", "history.jsonl", "checkpoints", "model", "embeddings"):
+        assert (finished / name).exists(), name
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["before"]) == set(results["after"]) == set(results["difference"]) == {"seen", "unseen"}
+    for side in ("before", "after", "difference"):
+        for part in results[side].values():
+            assert {"recall@1", "map@r", "r_precision", "accuracy@1shot", "accuracy@2shot"} <= set(part)
+            for estimate in part.values():
+                assert set(estimate) == {"value", "low", "high", "n", "queries"}
+                assert estimate["low"] <= estimate["value"] <= estimate["high"]
+    assert results["training"]["steps"] == 3
+    assert results["training"]["trained_parameters"] > 0
+    assert results["data"]["skipped"] == []
+    assert results["environment"]["precision"] == "float32"
+    assert Recipe.load(finished / "recipe.yaml").steps == 3
+
+
+def test_before_is_the_untouched_model_and_after_the_saved_one(finished: Path, photos: Path) -> None:
+    """The published numbers can be made again from the model folder alone."""
+    results = json.loads((finished / "results.json").read_text())
+    scores = load_scores(finished / "scores" / "after.safetensors")
+    again = {k: asdict(v) for values in scores["unseen"] for k, v in mean(values).items()}
+    assert again == pytest.approx(results["after"]["unseen"])
+    from vicinal.types import Embeddings
+
+    kept = Embeddings.load(finished / "embeddings" / "after" / "unseen.safetensors")
+    manifest = bring(recipe(data={"folder": str(photos)}).data)
+    rows = torch.tensor([name in set(kept.ids) for name in manifest.ids()])
+    fresh = embed(open_uri(str(finished)), manifest.where(rows), device="cpu", precision="fp32", workers=0)
+    assert fresh.ids == kept.ids
+    torch.testing.assert_close(fresh.vectors, kept.vectors, atol=1e-5, rtol=0)
+
+
+def test_the_difference_is_paired(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    for part in results["difference"]:
+        for name, d in results["difference"][part].items():
+            change = results["after"][part][name]["value"] - results["before"][part][name]["value"]
+            assert d["value"] == pytest.approx(change, abs=1e-6), (part, name)
+
+
+def test_a_page_is_made_anew_from_files(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    (finished / "report.html").unlink()
+    assert remake_report(finished).read_text() == page
+
+
+def test_a_second_run_computes_no_baseline(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = recipe(data={"folder": str(photos)}, cache=str(tmp_path / "cache"))
+    run(same, tmp_path / "a", say=lambda _: None)
+    import vicinal.embedding as room
+
+    computed: list[int] = []
+    original = room._compute
+    monkeypatch.setattr(room, "_compute", lambda e, m, rows, *a: (computed.append(len(rows)), original(e, m, rows, *a))[1])
+    run(same, tmp_path / "b", say=lambda _: None)
+    assert len(bring(same.data)) not in computed
+    first, second = (json.loads((tmp_path / n / "results.json").read_text()) for n in "ab")
+    assert first["before"] == second["before"]
+    assert first["after"] == second["after"], "the same recipe and seed give the same model"
+
+
+def test_wise_ft_is_chosen_on_validation(photos: Path, tmp_path: Path) -> None:
+    out = run(recipe(data={"folder": str(photos)}, wise_ft="auto", lr=0.05), tmp_path / "run", say=lambda _: None)
+    chosen = json.loads((out / "results.json").read_text())["training"]["wise_ft"]
+    best = max(point["map@r"] for point in chosen["curve"])
+    assert [p for p in chosen["curve"] if p["weight"] == chosen["weight"]][0]["map@r"] == best
+    assert len(chosen["curve"]) == 5
+
+
+def test_the_split_column_gives_seen_unseen_and_joint(photos: Path, tmp_path: Path) -> None:
+    path = write_csv(photos, photos / "table.csv", split=True)
+    try:
+        out = run(recipe(data={"table": str(path)}, loss={"cosface": {}}), tmp_path / "run", say=lambda _: None)
+    finally:
+        path.unlink()
+    assert set(json.loads((out / "results.json").read_text())["after"]) == {"seen", "unseen", "joint"}
+
+
+@pytest.mark.parametrize("loss", ["ntxent", "supcon", "triplet"])
+def test_pair_losses_run(photos: Path, tmp_path: Path, loss: str) -> None:
+    sampler = {"pk": {"classes": 4, "images_per_class": 2}}
+    run(recipe(data={"folder": str(photos)}, loss={loss: {}}, sampler=sampler), tmp_path / "run", say=lambda _: None)
+
+
+def test_an_unreadable_image_stops_before_training_or_is_skipped(tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos")
+    broken = next(photos.iterdir()) / "0.png"
+    broken.write_bytes(b"not a picture")
+    with pytest.raises(InputError, match=r"0\.png"):
+        run(recipe(data={"folder": str(photos)}), tmp_path / "stopped", say=lambda _: None)
+    assert not (tmp_path / "stopped" / "history.jsonl").exists()
+    out = run(recipe(data={"folder": str(photos), "on_error": "skip"}), tmp_path / "skipped", say=lambda _: None)
+    skipped = json.loads((out / "results.json").read_text())["data"]["skipped"]
+    assert len(skipped) == 1
+    assert skipped[0].endswith("0.png")
+    assert "0.png" in (out / "report.html").read_text()
+
+
+def test_an_adapter_that_matches_nothing_is_refused(photos: Path, tmp_path: Path) -> None:
+    changes = {"adapt": [{"lora": {"first_block": 99}}]}
+    with pytest.raises(InputError):
+        run(recipe(data={"folder": str(photos)}, **changes), tmp_path / "run", say=lambda _: None)
+
+
+def test_embeddings_are_kept_by_content(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    import vicinal.embedding as room
+
+    encoder = load_encoder(MODEL, size=32, random_init=True)
+    settings = {"cache": tmp_path / "cache", "device": "cpu", "precision": "fp32", "workers": 0}
+    manifest = bring(recipe(data={"folder": str(photos)}).data)
+    first = embed(encoder, manifest, **settings)
+    moved = shutil.copytree(photos, tmp_path / "elsewhere")
+    monkeypatch.setattr(room, "_compute", lambda *_: pytest.fail("computed again"))
+    again = embed(encoder, bring(recipe(data={"folder": str(moved)}).data), **settings)
+    assert torch.equal(first.vectors, again.vectors)
+    monkeypatch.undo()
+    with torch.no_grad():
+        next(encoder.parameters()).add_(0.01)
+    assert not torch.equal(embed(encoder, manifest, **settings).vectors, first.vectors), "other weights, other vectors"
+
+
+def test_an_interrupted_embedding_keeps_its_rows(photos: Path, tmp_path: Path) -> None:
+    encoder = load_encoder(MODEL, size=32, random_init=True)
+    manifest = bring(recipe(data={"folder": str(photos)}).data)
+    settings = {"cache": tmp_path / "cache", "device": "cpu", "precision": "fp32", "workers": 0, "batch_size": 8}
+
+    def stop(done: int, _: int) -> None:
+        if done >= 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        embed(encoder, manifest, progress=stop, **settings)
+    left: list[int] = []
+    whole = embed(encoder, manifest, progress=lambda _, todo: left.append(todo), **settings)
+    assert left[0] == len(manifest) - 16
+    straight = embed(encoder, manifest, **(settings | {"cache": None}))
+    assert torch.equal(whole.vectors, straight.vectors)
+
+
+def test_evaluate_matches_classes_by_name(photos: Path) -> None:
+    manifest = bring(recipe(data={"folder": str(photos)}).data)
+    encoder = load_encoder(MODEL, size=32, random_init=True)
+    even = torch.arange(len(manifest)) % 2 == 0
+    metrics = evaluate(encoder, manifest.where(even), manifest.where(~even), shots=[1, 3], workers=0, draws=3)
+    assert {"recall@1", "map@r", "accuracy@1shot", "accuracy@3shot"} <= set(metrics)
+    lacking = manifest.where(even & (manifest.labels() != 3))
+    with pytest.raises(InputError, match=manifest.classes[3]):
+        evaluate(encoder, lacking, manifest.where(~even), workers=0)
+
+
+def test_min_images_leaves_small_classes_out(tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos", classes=4, each=4)
+    for extra in sorted(photos.iterdir())[0].iterdir():
+        extra.unlink()
+        break
+    kept = bring(recipe(data={"folder": str(photos), "min_images": 4}).data)
+    assert isinstance(kept, Manifest)
+    assert len(kept.classes) == 3
+    with pytest.raises(InputError, match="min_images=9"):
+        bring(recipe(data={"folder": str(photos), "min_images": 9}).data)
