@@ -9,7 +9,7 @@ Letters: N rows, C classes. A row is one picture, or one box of a picture. Colum
     box     4 x f  x0, y0, x1, y1 in pixels of the picture as it is shown (EXIF rotation applied)
     group   str    what must never straddle a split: a photographer, a shop, a patient
     split   str    train, val or test
-    copy    int    which of several rows with the same picture and box this is; only there where such rows exist
+    _copy   int    which of several rows with the same picture and box this is; only there where such rows exist
 
 Any further column is carried along. The table is Arrow's, so no step here walks over rows in Python.
 """
@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from vicinal.types import InputError
 
-__all__ = ["Manifest", "row_list"]
+__all__ = ["Manifest", "box_array", "box_values", "row_list", "split_word"]
 
 BOX = pa.list_(pa.float64(), 4)
 WORDS = ("label", "text", "group", "split")  # columns that hold a word in each row
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# what a split column, a folder or a file of a data set may call its parts
+SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 FEW = 5  # how many offenders a message names before it only counts
 
 
@@ -137,8 +145,8 @@ class Manifest:
                 i if b is None else f"{i}#{','.join(format(v, '.12g') for v in b)}"
                 for i, b in zip(ids, boxes, strict=True)
             ]
-        if "copy" in self.table.column_names:
-            ids = [i if n == 0 else f"{i}#{n + 1}" for i, n in zip(ids, self.column("copy"), strict=True)]
+        if "_copy" in self.table.column_names:
+            ids = [i if n == 0 else f"{i}#{n + 1}" for i, n in zip(ids, self.column("_copy"), strict=True)]
         return tuple(ids)
 
     def where(self, mask: Bool[Tensor, "N"] | np.ndarray | Sequence[bool]) -> Manifest:
@@ -176,7 +184,7 @@ class Manifest:
         for other in others:
             if (other.root, other.classes, other.padding) != (self.root, self.classes, self.padding):
                 raise ValueError("concat takes manifests of the same root, classes and padding")
-        tables = [m.table.drop_columns(["copy"] if "copy" in m.names() else []) for m in (self, *others)]
+        tables = [m.table.drop_columns(["_copy"] if "_copy" in m.names() else []) for m in (self, *others)]
         table = pa.concat_tables(tables, promote_options="default")
         return Manifest.build(table, self.root, classes=self.classes, padding=self.padding)
 
@@ -184,6 +192,93 @@ class Manifest:
         """Where the image file of a row lies."""
         file: str = self.table["image"][row].as_py()
         return self.root / file
+
+    @classmethod
+    def united(cls, parts: Mapping[str, Manifest]) -> Manifest:
+        """The manifests of train, val and test as one: a `split` column, paths from their common folder, all classes.
+
+        Raises:
+            InputError: a key that is no part of a split, or columns of different kinds.
+        """
+        if not parts:
+            raise InputError("no source is given; name at least one of train, val, test")
+        words = {part: split_word(part) for part in parts}
+        strange = [part for part, word in words.items() if word is None]
+        if strange:
+            raise InputError(f"{strange[0]!r} is no part of a split; name the sources {', '.join(SPLIT_WORDS)}")
+        roots = [m.root for m in parts.values()]
+        root = roots[0] if len(set(roots)) == 1 else Path(os.path.commonpath([os.path.realpath(r) for r in roots]))
+        tables = []
+        for part, manifest in parts.items():
+            table = manifest.rebased(root).table
+            table = table.drop_columns([c for c in ("split", "_copy") if c in table.column_names])
+            tables.append(table.append_column("split", pa.array([words[part]] * len(manifest), pa.string())))
+        try:
+            table = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowInvalid as error:
+            raise InputError(f"the sources of {', '.join(parts)} have columns of different kinds ({error})") from error
+        return cls.build(table, root, name=f"{', '.join(parts)} together")
+
+    def rebased(self, root: str | Path) -> Manifest:
+        """The same images, with paths that start from another folder."""
+        root = Path(root).expanduser()
+        prefix = _way(self.root, root)
+        if prefix == ".":
+            return replace(self, root=root)
+        images = self.table["image"]
+        absolute = pc.match_substring_regex(images, r"^([A-Za-z]:)?/")
+        images = pc.if_else(absolute, images, pc.binary_join_element_wise(prefix, images, "/"))
+        return replace(self, root=root, table=self.table.set_column(self.names().index("image"), "image", images))
+
+    def missing(self) -> Bool[Tensor, "N"]:
+        """Rows whose image file does not exist. Folders are listed once each, so that a million files take seconds."""
+        files = self.table["image"]
+        if len(self) <= 2000:
+            there = [Path(self.root, file).is_file() for file in files.to_pylist()]
+            return ~torch.tensor(there)
+        folders = pc.replace_substring_regex(files, "[^/]*$", "")
+        listed: dict[str, list[str]] = {}
+        for folder in pc.unique(folders).to_pylist():
+            if (self.root / folder).is_dir():
+                with os.scandir(self.root / folder) as entries:
+                    listed[folder] = [folder + entry.name for entry in entries if entry.is_file()]
+        names = pa.chunked_array([pa.array(found, pa.string()) for found in listed.values()], pa.string())
+        absent = np.array(pc.invert(pc.is_in(files, value_set=names)).to_numpy())
+        # a listing may spell a name otherwise than the disk takes it (case, accents): ask again, file by file
+        doubtful = absent & pc.is_in(folders, value_set=pa.array(list(listed), pa.string())).to_numpy()
+        for row in np.flatnonzero(doubtful).tolist():
+            absent[row] = not self.path(row).is_file()
+        return torch.from_numpy(absent)
+
+    def refuse_missing(self, name: str = "the table", *, hint: str = "root") -> None:
+        """Nothing, if every image file exists.
+
+        Args:
+            name: what the error calls the source of the rows.
+            hint: the argument of the reader that says where images lie.
+
+        Raises:
+            InputError: some do not; names the first, counts all, and says where the first is found, if it is near.
+        """
+        absent = self.missing().numpy()
+        if not absent.any():
+            return
+        rows = np.flatnonzero(absent)
+        files = self.table["image"].take(rows[:FEW]).to_pylist()
+        listed = "; ".join(f"row {row + 1}: {file}" for row, file in zip(rows[:FEW], files, strict=True))
+        mend = "leave those rows out" if len(rows) < len(self) else f"give the folder that they start from as {hint}"
+        near = (Path(), self.root.parent, self.root / "images", self.root.parent / "images")
+        found = [folder.absolute() for folder in near if (folder / files[0]).is_file()]
+        if re.match(r"(https?|s3|gs)://", files[0]):
+            mend = "these are addresses: fetch the images first, and give their paths"
+        elif found:
+            mend = f"the first is in {found[0]}: give {hint}={str(found[0])!r}"
+        elif (self.root / files[0].replace("\\", "/")).is_file():
+            mend = "write paths with / instead of \\"
+        raise InputError(
+            f"{name}: {len(rows):,} of {len(self):,} image files are missing below {self.root} ({listed}"
+            f"{'; …' if len(rows) > FEW else ''}); {mend}"
+        )
 
     def image(self, row: int, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
         """The picture of a row: rotated as EXIF says, cut to its box, RGB. See `vicinal.data.images.read_image`."""
@@ -197,10 +292,7 @@ class Manifest:
     def save(self, path: str | Path) -> None:
         """Write one Parquet file. `root` is stored relative to it, so that a folder with its data can be moved."""
         path = Path(path).expanduser()
-        try:
-            root = Path(os.path.relpath(self.root.resolve(), path.parent.resolve())).as_posix()
-        except ValueError:  # another drive, on Windows
-            root = self.root.resolve().as_posix()
+        root = _way(self.root, path.parent)
         known = {"classes": self.classes, "root": root, "padding": self.padding}
         table = self.table.replace_schema_metadata({"vicinal": json.dumps(known)})
         part = path.with_name(f".{path.name}.part")
@@ -222,7 +314,7 @@ class Manifest:
             raise InputError(
                 f"{path} is not a manifest saved by vicinal ({error}); read tables with read_table"
             ) from error
-        root = Path(os.path.normpath(path.parent / known["root"]))
+        root = path.parent if known["root"] == "." else Path(os.path.realpath(path.parent / known["root"]))
         return cls.build(
             table.replace_schema_metadata(None),
             root,
@@ -259,15 +351,17 @@ def _typed(table: pa.Table, name: str) -> pa.Table:
 
 
 def _words(column: pa.ChunkedArray, what: str, name: str) -> pa.ChunkedArray:
-    """A column as strings; the empty string is no value."""
+    """A column as strings without blanks around them; the empty string is no value."""
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind) or pa.types.is_binary(kind):
-        hint = "; read data sets with pictures inside by read_hub" if what == "image" else ""
+    if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        hint = "; data sets with the pictures inside are read by read_hub" if what == "image" else ""
         raise InputError(f"{name}: column {what!r} holds {kind}, not words{hint}")
     if pa.types.is_floating(kind):  # integers with gaps are read as floats by some writers: 3.0 means the class 3
-        whole = pc.all(pc.equal(column, pc.floor(column))).as_py()
-        column = column.cast(pa.int64()) if whole is not False else column
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, kind), column)
+        whole = pc.all(pc.and_(pc.is_finite(column), pc.equal(column, pc.floor(column)))).as_py()
+        column = column if whole is False else column.cast(pa.int64())
     words = column.cast(pa.string())
+    words = words if what == "text" else pc.utf8_trim_whitespace(words)
     return pc.if_else(pc.equal(words, ""), pa.scalar(None, pa.string()), words)
 
 
@@ -290,22 +384,19 @@ def _boxes(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
 
 
 def _numbered(table: pa.Table) -> pa.Table:
-    """The table with a column `copy`, where several rows have the same picture and box."""
-    if "copy" in table.column_names or pc.count_distinct(table["image"]).as_py() == table.num_rows:
+    """The table with a column `_copy`, where several rows have the same picture and box."""
+    if "_copy" in table.column_names or pc.count_distinct(table["image"]).as_py() == table.num_rows:
         return table
-    pictures = table["image"].combine_chunks().dictionary_encode().indices.to_numpy()
+    pictures = pc.index_in(table["image"], value_set=pc.unique(table["image"])).to_numpy()
     key = pictures.astype(np.float64)[:, None]
     if "box" in table.column_names:
-        boxes = table["box"]
-        corners = np.full((table.num_rows, 4), -1.0)
-        corners[pc.is_valid(boxes).to_numpy()] = pc.list_flatten(boxes.drop_null()).to_numpy().reshape(-1, 4)
-        key = np.concatenate([key, corners], 1)
+        key = np.concatenate([key, np.nan_to_num(box_array(table), nan=-np.inf)], 1)
     _, same = np.unique(key, axis=0, return_inverse=True)
     order = np.argsort(same, kind="stable")
     starts = np.flatnonzero(np.diff(same[order], prepend=-1))
     copy = np.empty(len(same), np.int32)
     copy[order] = np.arange(len(same)) - np.repeat(starts, np.diff(starts, append=len(same)))
-    return table.append_column("copy", pa.array(copy)) if copy.any() else table
+    return table.append_column("_copy", pa.array(copy)) if copy.any() else table
 
 
 def _sorted_names(labels: pa.ChunkedArray) -> tuple[str, ...]:
@@ -314,6 +405,39 @@ def _sorted_names(labels: pa.ChunkedArray) -> tuple[str, ...]:
     if names and all(name.removeprefix("-").isdecimal() for name in names):
         names.sort(key=int)
     return tuple(names)
+
+
+def box_array(table: pa.Table) -> Float[np.ndarray, "N 4"]:
+    """The column `box` as numbers; NaN where a row has none."""
+    boxes = table["box"]
+    corners = np.full((table.num_rows, 4), np.nan)
+    corners[pc.is_valid(boxes).to_numpy()] = pc.list_flatten(boxes.drop_null()).to_numpy().reshape(-1, 4)
+    return corners
+
+
+def split_word(word: str) -> str | None:
+    """The part that a word means: "train", "val" or "test"; None for any other word.
+
+    >>> split_word("Validation"), split_word("extra")
+    ('val', None)
+    """
+    word = word.strip().lower()
+    return next((part for part, words in SPLIT_WORDS.items() if word in words), None)
+
+
+def box_values(corners: Float[np.ndarray, "N 4"]) -> pa.ChunkedArray:
+    """Numbers as a column `box`; a row of NaN has none."""
+    none = pa.array(np.isnan(corners).all(1))
+    return pa.chunked_array([pa.FixedSizeListArray.from_arrays(pa.array(corners.ravel()), 4, mask=none)])
+
+
+def _way(root: Path, folder: Path) -> str:
+    """How to get to `root` from a folder, with forward slashes; the whole path where there is no way (Windows)."""
+    real = Path(os.path.realpath(root))
+    try:
+        return Path(os.path.relpath(real, os.path.realpath(folder))).as_posix()
+    except ValueError:
+        return real.as_posix()
 
 
 def _rows(mask: pa.ChunkedArray) -> np.ndarray:

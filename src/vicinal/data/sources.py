@@ -1,43 +1,198 @@
-"""Readers and writers: from a folder or a table as it is to a Manifest, and back."""
+"""Readers and writers: from a folder, a table, a COCO file or a Hub data set as it is to a Manifest, and back.
+
+Letters: N rows, C classes.
+
+Every reader gives the same manifest for the same pictures. Classes are the distinct labels, sorted (integers as
+integers). A mapping `{"train": A, "val": B, "test": C}` instead of one source reads each, and gives one manifest with a
+`split` column and the classes of all together, so that a label means the same in every part.
+
+Boxes are x0, y0, x1, y1 in pixels of the picture as it is shown, that is with its EXIF rotation applied: what
+annotation tools draw on. COCO files hold x, y, width, height instead; that is changed on the way in and out.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.csv as pacsv
+import pyarrow.compute as pc
 
-from vicinal.data.manifest import Manifest
+from vicinal.data.coco import read_coco, write_coco
+from vicinal.data.hub import read_hub
+from vicinal.data.manifest import FEW, IMAGE_ENDINGS, SPLIT_WORDS, Manifest, split_word
+from vicinal.data.splits import class_disjoint, official
+from vicinal.data.tables import read_table, write_table
 from vicinal.types import InputError
 
-__all__ = ["read_folder", "read_table"]
+__all__ = ["prepare", "read_coco", "read_folder", "read_hub", "read_table", "write_coco", "write_table"]
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+Source = str | Path
 
 
-def read_folder(root: str | Path) -> Manifest:
-    """One folder a class; a nested folder's class is its path below `root`."""
+def read_folder(root: Source | Mapping[str, Source], *, labels: bool = True) -> Manifest:
+    """A folder with one folder for each class; a nested folder's class is its path below `root`.
+
+    Top folders that are called train, val, test (or a word like it, see `SPLIT_WORDS`) become the `split` column, and
+    the class folders are looked for below them. Hidden files and files that are no images are passed over; links are
+    followed.
+
+    Args:
+        root: the folder, or a mapping of train, val, test to one folder each.
+        labels: False takes every image below `root`, without labels.
+
+    Raises:
+        InputError: no such folder, no images in it, images outside of any class folder, or top folders of which only
+            some are called like parts of a split.
+    """
+    if isinstance(root, Mapping):
+        return Manifest.united({part: read_folder(one, labels=labels) for part, one in root.items()})
     root = Path(root).expanduser()
-    images = sorted(
-        Path(folder, name).relative_to(root).as_posix()
-        for folder, _, names in os.walk(root)
-        for name in names
-        if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-    )
+    if not root.is_dir():
+        what = "is a file; read it by read_table or read_coco" if root.exists() else "does not exist"
+        raise InputError(f"{root} {what}")
+    images = _images_below(root)
     if not images:
-        raise InputError(f"{root} holds no images in folders")
-    return Manifest.build({"image": images, "label": [i.rpartition("/")[0] for i in images]}, root, name=str(root))
+        raise InputError(f"{root} holds no images (looked for {', '.join(IMAGE_ENDINGS)})")
+    depths = [image.count("/") for image in images]
+    tops = sorted({image.split("/", 1)[0] for image, depth in zip(images, depths, strict=True) if depth})
+    parts = _split_folders(root, tops, images)
+    if not labels:
+        table = {"image": images}
+    else:
+        loose = [image for image, depth in zip(images, depths, strict=True) if depth < (2 if parts else 1)]
+        if loose:
+            raise InputError(
+                f"{root}: {len(loose):,} images lie outside of any class folder (first: {loose[0]}). Put them into a "
+                "folder of their class's name, or read them by labels=False where no labels are needed"
+            )
+        folders = [image.rpartition("/")[0] for image in images]
+        table = {"image": images, "label": [f.split("/", 1)[1] for f in folders] if parts else folders}
+    if parts:
+        table["split"] = [parts[image.split("/", 1)[0]] for image in images]
+    return Manifest.build(table, root, name=str(root))
 
 
-def read_table(path: str | Path, *, columns: Mapping[str, str] = {}, root: str | Path | None = None) -> Manifest:
-    """A CSV with at least the columns image and label."""
-    path = Path(path).expanduser()
-    try:
-        table = pacsv.read_csv(path, convert_options=pacsv.ConvertOptions(column_types={"label": pa.string()}))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    back = {theirs: ours for ours, theirs in columns.items()}
-    table = table.rename_columns([back.get(c, c) for c in table.column_names])
-    return Manifest.build(table, root or path.parent, name=str(path))
+def _images_below(root: Path) -> list[str]:
+    """Image files below a folder, as relative paths with forward slashes, sorted."""
+    found = []
+    walked = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in walked:  # a link that leads back up would go on for ever
+            folders.clear()
+            continue
+        walked.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".") and f != "__MACOSX"]
+        relative = Path(folder).relative_to(root).as_posix()
+        prefix = "" if relative == "." else f"{relative}/"
+        found += [prefix + f for f in files if f.lower().endswith(IMAGE_ENDINGS) and not f.startswith(".")]
+    return sorted(found)
+
+
+def _split_folders(root: Path, tops: Sequence[str], images: Sequence[str]) -> dict[str, str]:
+    """Top folders that are parts of a split, with the part's name; empty if they are classes."""
+    words = {top: part for top in tops if (part := split_word(top))}
+    if not words:
+        return {}
+    if len(words) == len(tops):
+        # a lone folder `test` with pictures right in it is a class; train/cat/1.png is a split
+        return words if any(image.count("/") >= 2 for image in images) or len(words) > 1 else {}
+    if "train" in words.values() and len(words) > 1:
+        others = [top for top in tops if top not in words]
+        raise InputError(
+            f"{root}: the folders {', '.join(words)} look like parts of a split, but {', '.join(others[:FEW])} "
+            f"do{'' if len(others) > 1 else 'es'} not; move one kind elsewhere, or name the parts: "
+            f"{{train: {root / next(iter(words))}, …}}"
+        )
+    return {}
+
+
+def prepare(
+    manifest: Manifest, out: Source, *, holdout: float, seed: int, format: Literal["coco", "parquet"] = "coco"
+) -> dict[str, Path]:
+    """Write a data set's parts with some classes held out, for trainings and tests that read separate files.
+
+    For each part of the `split` column (or one called `all`, where there is none) three files come into
+    `out/annotations`: `<part>` with every class, `public_<part>` with those to train on, `holdout_<part>` with those
+    never seen; which are which, `class_disjoint` says. Images stay where they are, and paths to them are relative. Each
+    file lists only the classes that it has. `split.json` keeps seed, share and classes.
+
+    Files of an earlier `prepare` that this one would not write are removed, so that parts of two seeds never mix.
+
+    Args:
+        manifest: what to divide.
+        out: a folder, made if need be.
+        holdout: the share of the classes that is held out.
+        seed: of the choice.
+        format: "coco" or "parquet".
+
+    Returns:
+        The files written, by name.
+
+    Raises:
+        InputError: an unknown format, a word in `split` that is none, or files in `out` that something else wrote.
+    """
+    endings = {"coco": ".json", "parquet": ".parquet"}
+    if format not in endings:
+        raise InputError(f"format: {format!r} is unknown; use {' or '.join(endings)}")
+    seen, unseen = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
+    held = pc.is_in(manifest.table["label"], value_set=pa.array(unseen, pa.string())).to_numpy()
+    parts: Mapping[str, np.ndarray] = {"all": np.ones(len(manifest), bool)}
+    if "split" in manifest.names():
+        files = manifest.column("image")
+        parts = {part: mask.numpy() for part, mask in official(manifest.column("split"), images=files).items()}
+    wanted = {
+        f"{side}{part}": mask & chosen
+        for part, mask in parts.items()
+        for side, chosen in (("", np.ones_like(held)), ("public_", ~held), ("holdout_", held))
+    }
+    folder = Path(out).expanduser() / "annotations"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}{endings[format]}" for name, mask in wanted.items() if mask.any()}
+    note = folder / "split.json"
+    _clear_earlier(note, folder)
+    note.write_text(json.dumps({"files": [path.name for path in paths.values()], "unfinished": True}), encoding="utf-8")
+    write: Callable[[Manifest, Source], None] = write_coco if format == "coco" else write_table
+    for name, path in paths.items():
+        write(manifest.where(wanted[name]).compact() if format == "parquet" else manifest.where(wanted[name]), path)
+    about = {
+        "seed": seed,
+        "holdout": holdout,
+        "classes": manifest.classes,
+        "public": seen,
+        "holdout_classes": unseen,
+        "classes_sha256": hashlib.sha256("\n".join(manifest.classes).encode()).hexdigest(),
+        "files": {path.name: int(wanted[name].sum()) for name, path in paths.items()},
+    }
+    note.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return paths
+
+
+def _clear_earlier(note: Path, folder: Path) -> None:
+    """Remove what an earlier `prepare` wrote; refuse to touch what something else did."""
+    ours: set[str] = set()
+    if note.exists():
+        try:
+            ours = set(json.loads(note.read_text(encoding="utf-8"))["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{note} is not by vicinal; choose another folder") from error
+    parts = "|".join(("all", *SPLIT_WORDS))
+    foreign = [
+        f.name
+        for f in folder.iterdir()
+        if re.fullmatch(rf"(public_|holdout_)?({parts})\.(json|parquet)", f.name) and f.name not in ours
+    ]
+    if foreign:
+        raise InputError(
+            f"{folder} holds {', '.join(sorted(foreign)[:FEW])}, of which no split.json tells the seed: remove them, "
+            "or choose another folder"
+        )
+    for name in ours:
+        (folder / Path(name).name).unlink(missing_ok=True)

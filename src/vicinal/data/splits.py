@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from vicinal.data.manifest import row_list
+from vicinal.data.manifest import SPLIT_WORDS, row_list, split_word
 from vicinal.types import InputError
 
 __all__ = [
@@ -31,13 +31,6 @@ __all__ = [
     "split_word",
     "straddling",
 ]
-
-# what a split column, a folder or a file of a data set may call its parts
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
 
 
 def class_disjoint(classes: Sequence[str], *, holdout: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -137,7 +130,7 @@ def official(
 ) -> dict[str, Bool[Tensor, "N"]]:
     """The parts that a split column names: train, val, test, in that order, those that there are.
 
-    Understood are the words of `SPLIT_WORDS`, in any case.
+    Understood are the words of `vicinal.data.manifest.SPLIT_WORDS`, in any case.
 
     Args:
         split: one word a row.
@@ -233,16 +226,6 @@ def straddling(
         places = [(int(at[code]), part) for part, at in first.items() if at[code] >= 0]
         found.append((files.dictionary[int(code)].as_py(), places[0], places[1]))
     return found
-
-
-def split_word(word: str) -> str | None:
-    """The part that a word means: "train", "val" or "test"; None for any other word.
-
-    >>> split_word("Validation"), split_word("extra")
-    ('val', None)
-    """
-    word = word.strip().lower()
-    return next((part for part, words in SPLIT_WORDS.items() if word in words), None)
 
 
 def _first_of_shuffle(count: int, holdout: float, seed: int, what: str) -> set[int]:
