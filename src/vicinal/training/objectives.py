@@ -1,0 +1,96 @@
+"""Objectives: what is trained, and on what loss. `embed` runs the network, `loss` judges; the loop knows neither.
+
+    L = criterion(x, y) + w mean_i (1 - cos(x_i, z_i))
+
+Letters: B batch, D numbers an embedding, x embeddings, y labels, z embeddings by the frozen original, w the weight of
+retention.
+
+The two halves are apart because a loss that couples the whole batch can then be taken over more images than fit into
+memory at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vicinal.losses import PAIR_LOSSES, Retention
+from vicinal.models.encoder import Encoder
+from vicinal.types import Batch, InputError
+
+__all__ = ["LabelObjective"]
+
+
+class LabelObjective(nn.Module):
+    """An encoder trained on images with labels.
+
+    Args:
+        encoder: the model; what `adapt` left trainable is trained.
+        loss: any `loss(embeddings, labels)`: one of vicinal's, or of pytorch-metric-learning's. Its parameters are
+            trained too.
+        retention: w, the weight of the distance to the frozen original; None or 0: none. It costs a second forward
+            pass of every batch.
+        reference: the frozen original; without one, a copy of `encoder` as it is now, which is the original as long as
+            nothing was trained and no new head was put on.
+
+    Raises:
+        InputError: the reference's embeddings have another width, as after a new head that narrows them.
+
+    >>> from vicinal.losses import NTXent
+    >>> objective = LabelObjective(encoder, NTXent())                                    # doctest: +SKIP
+    >>> objective({"image": torch.rand(4, 3, 224, 224), "label": torch.tensor([0, 0, 1, 1])})["loss"]  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, encoder: Encoder, loss: nn.Module, *, retention: float | None = None, reference: Encoder | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.criterion = loss
+        self.retention = Retention(weight=retention) if retention else None
+        self.reference: Encoder | None = None
+        if self.retention is not None:
+            self.reference = copy.deepcopy(encoder if reference is None else reference).requires_grad_(False).eval()
+            if self.reference.embedding_dim != encoder.embedding_dim:
+                raise InputError(
+                    f"retention compares embeddings with the original's, but those have {self.reference.embedding_dim} "
+                    f"numbers and the tuned ones {encoder.embedding_dim}; leave out retention, or the new head"
+                )
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual, but what is frozen keeps its statistics: batch norms without a trained parameter, the original."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+                p.requires_grad for p in module.parameters()
+            ):
+                module.eval()
+        return self
+
+    def embed(self, batch: Batch) -> Float[Tensor, "B D"]:
+        """The embeddings of the batch's images, not normalised."""
+        return self.encoder.encode_image(batch["image"])
+
+    def loss(self, embeddings: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
+        """The loss under "loss", and beside it the parts that it is the sum of, where there are several."""
+        if "group" in batch and isinstance(self.criterion, tuple(PAIR_LOSSES.values())):
+            loss = self.criterion(embeddings, batch["label"], groups=batch["group"])
+        else:  # class losses have no use for groups, and other libraries' losses do not know them
+            loss = self.criterion(embeddings, batch["label"])
+        if self.retention is None or self.reference is None:
+            return {"loss": loss}
+        with torch.no_grad():
+            original = self.reference.encode_image(batch["image"])
+        retention = self.retention(embeddings, original)
+        return {"loss": loss + retention, "criterion": loss.detach(), "retention": retention.detach()}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Both halves; "embeddings", without a graph, stand beside the loss for whoever watches over them."""
+        embeddings = self.embed(batch)
+        return {**self.loss(embeddings, batch), "embeddings": embeddings.detach()}

@@ -1,0 +1,120 @@
+"""What is optimised at which rate, and how the rate goes over the steps.
+
+    rate(t) = (t + 1) / W                                 for t < W, the warm-up
+    rate(t) = (1 + cos(pi (t - W) / (T - W))) / 2         after it
+
+Letters: t the step, from 0; T all steps; W those of the warm-up.
+
+The rate is that of a *step*, and T is the exact number of them: a schedule counted in epochs by mistake never gets out
+of its warm-up, and one that begins with 0 wastes its first step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from vicinal.types import InputError
+
+__all__ = ["build_optimizer", "parameter_groups", "warmup_cosine"]
+
+
+def parameter_groups(
+    objective: nn.Module, *, lr: float, loss_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Every parameter that is trained, in up to three groups: "encoder", "encoder, no decay" and "loss".
+
+    Biases, norms and everything else of one axis are not decayed. The loss's own parameters are a group of their own:
+    left out of the optimiser, class weights stay random without a word (PML issue 355). They are not decayed, since
+    only their direction counts.
+
+    Args:
+        objective: its submodule `criterion` is the loss.
+        lr: of the encoder.
+        loss_lr: of the loss's parameters. Default: 10 x lr, as in PML issue 534 and UNICOM (arXiv:2304.05884).
+        weight_decay: of the encoder's weights of two axes and more.
+
+    Returns:
+        Groups for a torch optimiser; those without parameters are left out.
+
+    Raises:
+        InputError: nothing is trained.
+
+    >>> objective = nn.Module()
+    >>> objective.encoder, objective.criterion = nn.Linear(4, 3), nn.Linear(3, 2, bias=False)
+    >>> [(g["name"], g["lr"], g["weight_decay"]) for g in parameter_groups(objective, lr=0.1, weight_decay=0.05)]
+    [('encoder', 0.1, 0.05), ('encoder, no decay', 0.1, 0.0), ('loss', 1.0, 0.0)]
+    """
+    decayed, plain, own = [], [], []
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("criterion."):
+            own.append(parameter)
+        elif parameter.dim() > 1:
+            decayed.append(parameter)
+        else:
+            plain.append(parameter)
+    if not decayed and not plain and not own:
+        raise InputError("nothing is trained: every parameter is frozen; give `adapt` a method, as lora or full")
+    groups = [
+        {"name": "encoder", "params": decayed, "lr": lr, "weight_decay": weight_decay},
+        {"name": "encoder, no decay", "params": plain, "lr": lr, "weight_decay": 0.0},
+        {"name": "loss", "params": own, "lr": 10 * lr if loss_lr is None else loss_lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(name: str, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimiser called "adamw" (betas .9 and .999, epsilon 1e-8) or "sgd" (momentum .9, no Nesterov).
+
+    Both in torch's fused form: one pass over the numbers.
+
+    Raises:
+        InputError: there is no such optimiser.
+
+    >>> import torch
+    >>> build_optimizer("sgd", [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1}]).defaults["momentum"]
+    0.9
+    """
+    if name == "adamw":
+        return AdamW(groups, fused=True)
+    if name == "sgd":
+        return SGD(groups, momentum=0.9, fused=True)
+    raise InputError(f"there is no optimiser {name!r}; choose adamw or sgd")
+
+
+def warmup_cosine(optimizer: Optimizer, *, steps: int, warmup: int = 0) -> LambdaLR:
+    """A linear warm-up and then half a cosine down to zero; to be stepped once each optimiser step.
+
+    Args:
+        optimizer: its groups' rates are the peaks.
+        steps: T.
+        warmup: W, in steps. Usual: 5 % of T.
+
+    Raises:
+        ValueError: `warmup` is not from 0 to below `steps`.
+
+    >>> import torch
+    >>> optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    >>> schedule = warmup_cosine(optimizer, steps=6, warmup=2)
+    >>> rates = []
+    >>> for _ in range(6):
+    ...     rates.append(round(schedule.get_last_lr()[0], 3))
+    ...     optimizer.step(); schedule.step()
+    >>> rates
+    [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if not 0 <= warmup < steps:
+        raise ValueError(f"warmup must be from 0 to below the {steps} steps, not {warmup}")
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (steps - warmup))))
+
+    return LambdaLR(optimizer, rate)
