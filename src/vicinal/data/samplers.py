@@ -1,0 +1,227 @@
+"""Which rows make a batch: plain shuffling, or P classes with K images of each.
+
+An epoch is a pure function of (seed, epoch): nothing is carried from one to the next, so that training can restart at
+any batch without replaying those before.
+
+Letters: N rows, C classes, n_c rows of class c, P classes a batch, K images a class, L batches an epoch, G = P L groups
+of K rows in an epoch, q_c groups of class c.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import deque
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vicinal.types import InputError
+
+__all__ = ["PKSampler", "Sampler", "ShuffleSampler"]
+
+
+class Sampler(Protocol):
+    """What `train_batches` needs: the number of batches in an epoch, and the rows of each."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The rows of every batch of that epoch, the same whenever it is asked."""
+        ...
+
+
+class ShuffleSampler:
+    """Every row once an epoch, in random order.
+
+    Args:
+        size: N, the number of rows.
+        batch_size: rows a batch. If there are fewer rows, they make the one batch.
+        seed: of the shuffles.
+        drop_last: leave out the rows that do not fill a batch (others each epoch), so that all batches are equal.
+
+    Raises:
+        InputError: there are no rows, or the batch size is not positive.
+
+    >>> sampler = ShuffleSampler(size=5, batch_size=2, seed=0, drop_last=False)
+    >>> len(sampler), sorted(row for batch in sampler.epoch(0) for row in batch)
+    (3, [0, 1, 2, 3, 4])
+    """
+
+    def __init__(self, size: int, batch_size: int, *, seed: int, drop_last: bool = True) -> None:
+        if size < 1:
+            raise InputError("there are no rows to train on")
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} must be at least 1")
+        self.size = size
+        self.batch_size = min(batch_size, size)
+        self.seed = seed
+        self.drop_last = drop_last
+
+    def __len__(self) -> int:
+        return self.size // self.batch_size if self.drop_last else math.ceil(self.size / self.batch_size)
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The rows of every batch."""
+        order = _random(self.seed, epoch, self.size).argsort(kind="stable").tolist()
+        return [order[at : at + self.batch_size] for at in range(0, len(self) * self.batch_size, self.batch_size)]
+
+
+class PKSampler:
+    """P different classes a batch, K images of each, laid class by class: what pair losses and mining need.
+
+    Class c comes up q_c = min(L, s g_c) times an epoch, g_c = max(1, n_c / K), where s is such that all groups fill L
+    batches exactly; the fraction of q_c is drawn anew each epoch. So every image is seen about once an epoch (s = 1)
+    unless a class is too small (it comes once, and its images repeat within the group) or so large that it would have
+    to stand twice in a batch. Within an epoch no image of a class comes a second time before all have come once.
+
+    Args:
+        labels: "N", the class of each row.
+        classes: P, different classes a batch.
+        images_per_class: K.
+        seed: of the draws.
+
+    Attributes:
+        batch_size: P K.
+        repeated: how many classes have fewer than K images, so that some come twice in a group.
+        singles: how many of them have one image: K views of the same, no positive pair that teaches anything but
+            invariance to the augmentation.
+
+    Raises:
+        InputError: there are fewer than P classes.
+
+    >>> sampler = PKSampler(torch.tensor([0, 0, 1, 1, 2, 2]), classes=3, images_per_class=2, seed=0)
+    >>> len(sampler), sorted(sampler.epoch(0)[0])
+    (1, [0, 1, 2, 3, 4, 5])
+    """
+
+    def __init__(
+        self, labels: Int[Tensor, "N"] | Int[np.ndarray, "N"], *, classes: int, images_per_class: int, seed: int
+    ) -> None:
+        found, position, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+        if classes < 1 or images_per_class < 1:
+            raise InputError(f"classes={classes} and images_per_class={images_per_class} must be at least 1")
+        if len(found) < classes:
+            raise InputError(
+                f"sampler.pk.classes={classes}, but there are only {len(found)} classes to train on; "
+                f"set sampler.pk.classes={len(found)} or less"
+            )
+        self.classes = classes
+        self.images_per_class = images_per_class
+        self.seed = seed
+        self.repeated = int((counts < images_per_class).sum())
+        self.singles = int((counts == 1).sum())
+        self._position = position
+        self._counts = counts
+        self._starts = counts.cumsum() - counts
+        natural = np.maximum(1.0, counts / images_per_class)
+        self._batches = max(1, round(natural.sum() / classes))
+        self._quota = _fill(natural, limit=self._batches, total=classes * self._batches)
+
+    @property
+    def batch_size(self) -> int:
+        return self.classes * self.images_per_class
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The rows of every batch: P runs of K rows of one class."""
+        rows, per_class = len(self._position), len(self._counts)
+        draws = _random(self.seed, epoch, rows + per_class + self.classes * self._batches + 1)
+        by_row, by_class, by_group, offset = np.split(
+            draws, np.cumsum([rows, per_class, len(draws) - 1 - rows - per_class])
+        )
+        # Rows class by class, shuffled within the class.
+        shuffled = np.lexsort((by_row, self._position))
+        # Systematic sampling: q_c is rounded up or down at random, and the sum stays exactly P L.
+        order = by_class.argsort(kind="stable")
+        edges = np.floor(self._quota[order].cumsum() + offset)
+        edges[-1] = self.classes * self._batches + np.floor(offset[0])  # the sum, free of rounding errors
+        groups = np.empty(per_class, dtype=np.int64)
+        groups[order] = np.diff(edges, prepend=0.0).astype(np.int64)
+        tokens = np.repeat(np.arange(per_class), groups)[by_group.argsort(kind="stable")]
+        plan = np.array(_deal(tokens.tolist(), groups.tolist(), self._batches, self.classes))
+        # The j-th group of a class takes its rows j K … j K + K - 1, counted round and round.
+        flat = plan.reshape(-1)
+        nth = _occurrence(flat)
+        within = nth[:, None] * self.images_per_class + np.arange(self.images_per_class)
+        taken = shuffled[self._starts[flat][:, None] + within % self._counts[flat][:, None]]
+        batches: list[list[int]] = taken.reshape(self._batches, self.batch_size).tolist()
+        return batches
+
+
+def _random(seed: int, epoch: int, count: int) -> Float[np.ndarray, "count"]:
+    """Numbers in [0, 1), a function of seed and epoch (hashed together, so that (1, 2) and (2, 1) differ)."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).random(count)
+
+
+def _fill(natural: Float[np.ndarray, "C"], *, limit: int, total: int) -> Float[np.ndarray, "C"]:
+    """min(limit, s natural), with s such that the sum is `total` (which C limits suffice for)."""
+    descending = np.sort(natural)[::-1]
+    rest = descending[::-1].cumsum()[::-1]  # the sum from the k-th on
+    # With the k largest at the limit, s = (total - k limit) / rest_k; the right k is the first whose next fits.
+    for k in range(len(natural)):
+        scale = (total - k * limit) / rest[k]
+        if scale * descending[k] <= limit:
+            return np.minimum(limit, scale * natural)
+    return np.full_like(natural, float(limit))
+
+
+def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -> list[list[int]]:
+    """Lay groups (named by their class) into batches of `classes` different ones, in the order given where it can be.
+
+    A class with as many groups left as there are batches left has to be taken now. That is enough to never get stuck:
+    groups left = classes x batches left, and no class has more than batches left, hold before and after every batch.
+
+    Args:
+        tokens: one class for each group, shuffled.
+        remaining: groups of each class; none above `batches`, their sum `classes` x `batches`. Counted down here.
+        batches: L.
+        classes: P.
+    """
+    queue = deque(tokens)
+    # The batch at which a class must be taken, if it is never taken before: a heap, corrected when an entry comes due.
+    due = [(batches - count, c) for c, count in enumerate(remaining) if count]
+    heapq.heapify(due)
+    plan = []
+    for batch in range(batches):
+        left = batches - batch
+        chosen: dict[int, None] = {}
+        while due and due[0][0] <= batch:
+            _, c = heapq.heappop(due)
+            if remaining[c] == left:
+                chosen[c] = None
+                heapq.heappush(due, (batch + 1, c))
+            elif remaining[c]:
+                heapq.heappush(due, (batch + left - remaining[c], c))
+        deferred = []
+        while len(chosen) < classes:
+            c = queue.popleft()
+            if c in chosen:
+                deferred.append(c)
+            elif remaining[c]:  # else: a leftover of a class that was taken without its turn in the queue
+                chosen[c] = None
+        queue.extendleft(reversed(deferred))
+        for c in chosen:
+            remaining[c] -= 1
+        plan.append(list(chosen))
+    return plan
+
+
+def _occurrence(values: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """How many equal values stand before each one.
+
+    >>> _occurrence(np.array([7, 3, 7, 7, 3])).tolist()
+    [0, 0, 1, 2, 1]
+    """
+    order = values.argsort(kind="stable")
+    ordered = values[order]
+    first = np.r_[True, ordered[1:] != ordered[:-1]]
+    run_start = np.maximum.accumulate(np.where(first, np.arange(len(values)), 0))
+    result = np.empty(len(values), dtype=np.int64)
+    result[order] = np.arange(len(values)) - run_start
+    return result

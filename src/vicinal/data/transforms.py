@@ -1,0 +1,270 @@
+"""Bytes to what a backbone sees: the evaluation transform it was trained with, and random views for training.
+
+Geometry is done on bytes (torchvision's antialiased resize has a fast path for them), colour and normalisation on
+floats, in one multiply-add:
+
+    out = x a + b,  a = 1 / (255 std),  b = -mean / std
+
+Brightness, contrast, saturation and grey are linear in the pixels as well, so all of a colour jitter is one 3 x 3 matrix.
+
+Letters: H, W height and width of the image, h, w those that the backbone takes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from vicinal.types import InputError, Preprocess
+
+__all__ = ["AUGMENT", "Augment", "EvalTransform", "TrainTransform", "eval_transform", "train_transform"]
+
+_MODES: Final = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+_LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh R, G, B
+
+
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """How a random view differs from the evaluation view. Every default is "not at all".
+
+    Args:
+        scale: smallest and largest share of the image's area that a random crop keeps; the crop is resized to the
+            backbone's size. None: no crop, the view is fitted as in evaluation.
+        ratio: narrowest and widest crop, width by height, relative to the backbone's own shape.
+        flip: probability of mirroring left and right.
+        rotate: largest angle, degrees, to either side.
+        zoom: smallest and largest size of the picture within the frame.
+        shift: largest displacement to either side, as a share of the frame. Whatever a rotation, zoom or shift
+            uncovers repeats the picture's edge.
+        brightness: the pixels are multiplied by 1 - brightness to 1 + brightness.
+        contrast: their distance from the mean grey, likewise.
+        saturation: their distance from their own grey, likewise.
+        grey: probability of losing all colour.
+    """
+
+    scale: tuple[float, float] | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    rotate: float = 0.0
+    zoom: tuple[float, float] = (1.0, 1.0)
+    shift: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    grey: float = 0.0
+
+    @property
+    def moves(self) -> bool:
+        """Whether it rotates, zooms or shifts."""
+        return bool(self.rotate or self.shift or self.zoom != (1.0, 1.0))
+
+    @property
+    def colours(self) -> bool:
+        """Whether it changes colours."""
+        return bool(self.brightness or self.contrast or self.saturation or self.grey)
+
+
+AUGMENT: Final[Mapping[str, Augment]] = {
+    # The evaluation view itself.
+    "none": Augment(),
+    # open_clip's training default: almost the evaluation view.
+    "light": Augment(scale=(0.9, 1.0)),
+    # Half of the picture or more. Not mirrored: packages, signs, characters and marks are not what they were then.
+    "standard": Augment(scale=(0.5, 1.0)),
+    # The same for animals, plants, garments, cars: what has no writing and no handedness.
+    "mirrored": Augment(scale=(0.5, 1.0), flip=0.5),
+    # A mark fills its picture, so nothing is cut off; it comes in other colours, or in none.
+    "logo": Augment(rotate=8.0, zoom=(0.8, 1.1), shift=0.05, brightness=0.2, contrast=0.2, saturation=0.2, grey=0.1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalTransform:
+    """What the backbone was trained to evaluate on. See `eval_transform`."""
+
+    preprocess: Preprocess
+
+    @property
+    def at_least(self) -> tuple[int, int]:
+        """The size that the image is resized to before the crop: what a decoder must keep twice of."""
+        return _before_crop(self.preprocess)
+
+    def __call__(self, image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 h w"]:
+        return _normalised(_fitted(image, self.preprocess), self.preprocess)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainTransform:
+    """A random view. See `train_transform`."""
+
+    preprocess: Preprocess
+    augment: Augment
+
+    @property
+    def at_least(self) -> tuple[int, int]:
+        """The size that a whole image is resized to (a small crop of it then still has about its pixels)."""
+        return self.preprocess.size if self.augment.scale else _before_crop(self.preprocess)
+
+    def __call__(self, image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 h w"]:
+        preprocess, augment = self.preprocess, self.augment
+        if augment.scale:
+            view = _random_crop(image, preprocess, augment.scale, augment.ratio)
+        else:
+            view = _fitted(image, preprocess)
+        if augment.flip and torch.rand(()).item() < augment.flip:
+            view = view.flip(-1)
+        out = _recoloured(view, preprocess, augment) if augment.colours else _normalised(view, preprocess)
+        return _moved(out, augment) if augment.moves else out
+
+
+def eval_transform(preprocess: Preprocess) -> EvalTransform:
+    """The evaluation view of an image, as timm and open_clip make it (to one level in 255 a pixel).
+
+    "crop" resizes so that the image covers size / crop_pct and cuts the centre; "pad" resizes so that it fits into
+    size and fills the rest with the mean; "squash" resizes to size.
+
+    >>> transform = eval_transform(Preprocess(size=(4, 4), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)))
+    >>> transform(torch.full((3, 8, 10), 255, dtype=torch.uint8)).unique()
+    tensor([1.])
+    """
+    return EvalTransform(preprocess)
+
+
+def train_transform(preprocess: Preprocess, augment: str | Augment = "standard") -> TrainTransform:
+    """A random view of an image for training, drawn from torch's global generator (the loader seeds it for each item).
+
+    Args:
+        preprocess: of the backbone; the view has its size, mean and std.
+        augment: a name in `AUGMENT`, or an `Augment` of your own.
+
+    Raises:
+        InputError: there is no such name.
+
+    >>> transform = train_transform(Preprocess((8, 8), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), "light")
+    >>> transform(torch.zeros(3, 20, 16, dtype=torch.uint8)).shape
+    torch.Size([3, 8, 8])
+    """
+    if isinstance(augment, str):
+        if augment not in AUGMENT:
+            raise InputError(f"augment={augment!r} is unknown; choose one of {', '.join(AUGMENT)}")
+        augment = AUGMENT[augment]
+    return TrainTransform(preprocess, augment)
+
+
+def _before_crop(preprocess: Preprocess) -> tuple[int, int]:
+    height, width = preprocess.size
+    if preprocess.crop != "crop":
+        return height, width
+    return math.floor(height / preprocess.crop_pct), math.floor(width / preprocess.crop_pct)
+
+
+def _resized(image: UInt8[Tensor, "3 H W"], size: tuple[int, int], preprocess: Preprocess) -> UInt8[Tensor, "3 h w"]:
+    if image.shape[1:] == size:
+        return image
+    out: Tensor = tv.resize_image(image, list(size), _MODES[preprocess.interpolation], antialias=True)
+    return out
+
+
+def _fitted(image: UInt8[Tensor, "3 H W"], preprocess: Preprocess) -> UInt8[Tensor, "3 h w"]:
+    """The image in the backbone's size; smaller than that on one side where it is to be padded."""
+    high, wide = image.shape[1:]
+    height, width = preprocess.size
+    if preprocess.crop == "squash":
+        return _resized(image, preprocess.size, preprocess)
+    if preprocess.crop == "pad":
+        share = min(height / high, width / wide)
+        fit = (min(max(round(high * share), 1), height), min(max(round(wide * share), 1), width))
+        return _resized(image, fit, preprocess)
+    short_h, short_w = _before_crop(preprocess)
+    if short_h == short_w:  # torchvision's Resize(int), which timm and open_clip use: the long side is rounded down
+        fit = (short_h, int(short_w * wide / high)) if high <= wide else (int(short_h * high / wide), short_w)
+    else:
+        share = max(short_h / high, short_w / wide)
+        fit = (max(round(high * share), height), max(round(wide * share), width))
+    resized = _resized(image, fit, preprocess)
+    top, left = round((fit[0] - height) / 2), round((fit[1] - width) / 2)
+    return resized[:, top : top + height, left : left + width]
+
+
+def _random_crop(
+    image: UInt8[Tensor, "3 H W"], preprocess: Preprocess, scale: tuple[float, float], ratio: tuple[float, float]
+) -> UInt8[Tensor, "3 h w"]:
+    """torchvision's RandomResizedCrop: area uniform, shape log-uniform, ten tries; then the largest central crop."""
+    high, wide = image.shape[1:]
+    shape = preprocess.size[1] / preprocess.size[0]
+    low, log_span = math.log(ratio[0]), math.log(ratio[1] / ratio[0])
+    for area, log_ratio, down, across in torch.rand(10, 4).tolist():
+        aspect = shape * math.exp(low + log_ratio * log_span)
+        pixels = high * wide * (scale[0] + area * (scale[1] - scale[0]))
+        h, w = round(math.sqrt(pixels / aspect)), round(math.sqrt(pixels * aspect))
+        if 0 < h <= high and 0 < w <= wide:
+            top, left = int(down * (high - h + 1)), int(across * (wide - w + 1))
+            break
+    else:
+        aspect = min(max(wide / high, shape * ratio[0]), shape * ratio[1])
+        h, w = min(high, max(round(wide / aspect), 1)), min(wide, max(round(high * aspect), 1))
+        top, left = (high - h) // 2, (wide - w) // 2
+    return _resized(image[:, top : top + h, left : left + w], preprocess.size, preprocess)
+
+
+@functools.cache
+def _scale_and_offset(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+    return (1 / (255 * s)).float().view(3, 1, 1), (-m / s).float().view(3, 1, 1)
+
+
+def _normalised(view: UInt8[Tensor, "3 a b"], preprocess: Preprocess) -> Float[Tensor, "3 h w"]:
+    scale, offset = _scale_and_offset(preprocess.mean, preprocess.std)
+    values = view.to(torch.float32, memory_format=torch.contiguous_format)
+    return _framed(values.mul_(scale).add_(offset), preprocess)
+
+
+def _framed(values: Float[Tensor, "3 a b"], preprocess: Preprocess) -> Float[Tensor, "3 h w"]:
+    """In the middle of the frame; around it zero, which is the mean."""
+    if values.shape[1:] == preprocess.size:
+        return values
+    rows, columns = (full - part for full, part in zip(preprocess.size, values.shape[1:], strict=True))
+    return F.pad(values, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def _around_one(amount: float, draw: float) -> float:
+    return 1.0 + amount * (2.0 * draw - 1.0)
+
+
+def _recoloured(view: UInt8[Tensor, "3 a b"], preprocess: Preprocess, augment: Augment) -> Float[Tensor, "3 h w"]:
+    """Jitter and normalise: x -> clamp(M x + o), M = brightness contrast (saturation I + (1 - saturation) 1 luma^T)."""
+    brightness, contrast, saturation, grey = torch.rand(4).tolist()
+    bright, steep = _around_one(augment.brightness, brightness), _around_one(augment.contrast, contrast)
+    vivid = 0.0 if grey < augment.grey else _around_one(augment.saturation, saturation)
+    values = view.to(torch.float32, memory_format=torch.contiguous_format).view(3, -1)
+    luma = torch.tensor(_LUMA)
+    matrix = bright * steep * (vivid * torch.eye(3) + (1 - vivid) * luma.expand(3, 3))
+    offset = bright * (1 - steep) * (luma @ values.mean(dim=1))  # contrast is about the mean grey of the image
+    jittered = (matrix @ values).add_(offset).clamp_(0, 255).view(view.shape)
+    scale, shift = _scale_and_offset(preprocess.mean, preprocess.std)
+    return _framed(jittered.mul_(scale).add_(shift), preprocess)
+
+
+def _moved(values: Float[Tensor, "3 h w"], augment: Augment) -> Float[Tensor, "3 h w"]:
+    turn, size, down, across = torch.rand(4).tolist()
+    angle = math.radians(augment.rotate * (2 * turn - 1))
+    zoom = augment.zoom[0] + size * (augment.zoom[1] - augment.zoom[0])
+    high, wide = values.shape[1:]
+    # affine_grid asks for the way back, from frame to picture, in units of half a side.
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    dy, dx = (2 * augment.shift * (2 * draw - 1) for draw in (down, across))
+    back = torch.tensor([[[cos, -sin * high / wide, dx], [sin * wide / high, cos, dy]]])
+    grid = F.affine_grid(back, [1, 3, high, wide], align_corners=False)
+    return F.grid_sample(values[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
