@@ -45,7 +45,7 @@ from vicinal.models.merging import interpolate
 from vicinal.recipe import Data, Recipe
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
-from vicinal.training.optim import parameter_groups, warmup_cosine
+from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
 from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
 
 if TYPE_CHECKING:
@@ -156,10 +156,11 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     after_scores = measure(after, parts, recipe)
     save_scores(after_scores, out / "scores" / "after.safetensors")
 
+    differences = _differences(before_scores, after_scores)
     results = {
         "before": {part: _plain(scores) for part, scores in _estimates(before_scores).items()},
         "after": {part: _plain(scores) for part, scores in _estimates(after_scores).items()},
-        "difference": {part: _plain(scores) for part, scores in _differences(before_scores, after_scores).items()},
+        "difference": {part: _plain(scores) for part, scores in differences.items()},
         "environment": environment(device, recipe),
         "data": {
             "images": len(manifest),
@@ -184,14 +185,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     }
     _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = remake_report(out, manifest=manifest)
-    for part, metrics in results["difference"].items():
-        for name in ("map@r", "accuracy@1shot"):
-            if name in metrics:
-                b, a, d = (results[key][part][name] for key in ("before", "after", "difference"))
-                say(
-                    f"{part} classes, {name}: {b['value']:.3f} -> {a['value']:.3f}, "
-                    f"difference {d['value']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}], {d['n']} classes"
-                )
+    for line in _headlines(_estimates(before_scores), _estimates(after_scores), differences):
+        say(line)
     say(f"report: {page}")
     return out
 
@@ -412,9 +407,7 @@ def _sampler(train: Manifest, recipe: Recipe) -> ShuffleSampler | PKSampler:
 
 def _optimizer(objective: LabelObjective, recipe: Recipe) -> torch.optim.Optimizer:
     groups = parameter_groups(objective, lr=recipe.lr, loss_lr=recipe.loss_lr, weight_decay=recipe.weight_decay)
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=recipe.lr)
+    return build_optimizer(recipe.optimizer, groups)
 
 
 def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> dict[str, float]:
@@ -459,6 +452,19 @@ def _differences(
         }
         for part in before
     }
+
+
+def _headlines(
+    before: Mapping[str, Metrics], after: Mapping[str, Metrics], difference: Mapping[str, Metrics]
+) -> Iterator[str]:
+    """One line a part and main metric, for those that are defined."""
+    for part, metrics in difference.items():
+        for name, d in metrics.items():
+            if (name == "map@r" or name.startswith("accuracy@")) and not math.isnan(d.value):
+                yield (
+                    f"{part} classes, {name}: {before[part][name].value:.3f} -> {after[part][name].value:.3f}, "
+                    f"difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {d.n} classes"
+                )
 
 
 def _plain(metrics: Metrics) -> dict[str, dict[str, float | None]]:
@@ -508,9 +514,9 @@ def save_scores(scores: Mapping[str, Sequence[PerQuery]], path: Path) -> None:
     tensors, macro = {}, {}
     for part, protocols in scores.items():
         for i, values in enumerate(protocols):
-            tensors[f"{part}/{i}/units"] = values.units.contiguous()
+            tensors[f"{part}/{i}/units"] = values.units.clone()
             macro[f"{part}/{i}"] = str(values.macro)
-            tensors |= {f"{part}/{i}/values/{name}": v.contiguous() for name, v in values.values.items()}
+            tensors |= {f"{part}/{i}/values/{name}": v.clone() for name, v in values.values.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, macro)
 
