@@ -4,6 +4,7 @@ A run's `checkpoints/` holds
 
     step-00000500/weights.safetensors     the trained parameters and the buffers, of encoder and loss, by name
     step-00000500/state.pt                step, optimiser, schedule, scaler, averages, early stopping
+    step-00000500/best.safetensors        the best weights up to then: the same file as the next, not a copy
     best-00000400.safetensors             the weights at the best evaluation so far
 
 The frozen part of the model is not stored: it is found again where it came from. A checkpoint is written beside its
@@ -107,8 +108,10 @@ class Checkpoints:
         """The newest, or None."""
         return next(reversed(self.all()), None)
 
-    def save(self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint, then drop those beyond `keep`.
+    def save(
+        self, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any], *, best_step: int | None = None
+    ) -> Path:
+        """Write a checkpoint, then drop those beyond `keep`, and the best weights of all steps but `best_step`.
 
         Raises:
             InputError: the disk is full, or cannot be written to.
@@ -119,6 +122,8 @@ class Checkpoints:
             fresh.mkdir()
             save_file(_plain(weights), fresh / "weights.safetensors")
             torch.save(dict(state), fresh / "state.pt")
+            if best_step is not None:
+                _link(self.best(best_step), fresh / "best.safetensors")
             for file in fresh.iterdir():
                 _sync(file)
             _sync(fresh)
@@ -126,10 +131,13 @@ class Checkpoints:
         path = self._replace(self.folder / f"step-{step:08d}", write)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
+        for best in self.folder.glob("best-*.safetensors"):
+            if best_step is None or best != self.best(best_step):
+                best.unlink()
         return path
 
     def save_best(self, step: int, weights: Mapping[str, Tensor]) -> Path:
-        """Write the weights of the best step so far, then drop the best before it.
+        """Write the weights of the best step so far. Those before it go when the next checkpoint is safe.
 
         Raises:
             InputError: the disk is full, or cannot be written to.
@@ -146,17 +154,29 @@ class Checkpoints:
         """Where the weights of the best step lie."""
         return self.folder / f"best-{step:08d}.safetensors"
 
-    def drop_best_but(self, step: int | None) -> None:
-        """Drop the weights of all best steps but this; called when a checkpoint that names it is safe."""
-        for path in self.folder.glob("best-*.safetensors"):
-            if step is None or path != self.best(step):
-                path.unlink()
+    def load_best(self, step: int) -> dict[str, Tensor]:
+        """Read them.
 
-    def drop_after(self, step: int) -> None:
-        """Drop the checkpoints of later steps: the run goes on from this one."""
-        for path in self.all():
-            if int(path.name.removeprefix("step-")) > step:
-                shutil.rmtree(path)
+        Raises:
+            InputError: they are not there.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights: dict[str, Tensor] = load_file(self.best(step))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"the best weights, of step {step}, cannot be read: {error}") from error
+        return weights
+
+    def go_on_from(self, path: Path, step: int, best_step: int | None) -> None:
+        """The run goes on from `path`: bring its best weights back, drop the checkpoints of later steps."""
+        for later in self.all():
+            if int(later.name.removeprefix("step-")) > step:
+                shutil.rmtree(later)
+        if best_step is not None and not self.best(best_step).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _link(path / "best.safetensors", self.best(best_step))
 
     def _replace(self, path: Path, write: Callable[[Path], None]) -> Path:
         from safetensors import SafetensorError
@@ -185,6 +205,14 @@ class Checkpoints:
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name, or a copy where the file system has no such links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _remove(path: Path) -> None:

@@ -1,26 +1,35 @@
-"""The history of a run: one JSON object a line, whole lines only, so that it can be read while it grows.
+"""The history of a run, on the disk and on the screen.
 
-{"step": 20, "loss": 1.3, "lr": 0.001, "grad_norm": 0.8, "images_per_second": 210.0, "seconds": 6.1}
-{"step": 20, "val": {"map@r": 0.41}}
+`history.jsonl` holds one JSON object a line, whole lines only, so that it can be read while it grows:
+
+    {"step": 20, "loss": 1.3, "grad_norm": 0.8, "lr": 0.001, "images_per_second": 210.0, "seconds": 6.1}
+    {"step": 20, "val": {"map@r": 0.41}}
+
+A loss is the mean over the steps since the row before.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vicinal.types import InputError
 
-__all__ = ["History"]
+__all__ = ["History", "Meter", "ProgressBar"]
 
 
 class History:
-    """Rows in memory, and in `history.jsonl` where there is a run folder.
+    """Rows in memory, and in a file where there is a run folder.
 
     Args:
         path: the file; None keeps the rows in memory alone.
-        until: rows of later steps are dropped; -1 begins anew.
+        until: rows of later steps are dropped from it; -1 begins anew.
 
     >>> history = History(None)
     >>> history.add({"step": 1, "loss": 0.5})
@@ -62,5 +71,105 @@ def _whole_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            break  # the line in which a killed process was; what comes after it is no history of one run
+            break  # where a process was killed; what follows is not the history of one run
     return rows
+
+
+class Meter:
+    """Means over the steps since the last row. The sums stay on the device: adding to them waits for nothing.
+
+    >>> meter = Meter(torch.device("cpu"))
+    >>> for loss in (1.0, 3.0):
+    ...     meter.add({"loss": torch.tensor(loss)})
+    ...     meter.count(images=8)
+    >>> meter.means()
+    {'loss': 2.0}
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything, and begin to count the time."""
+        self.sums: dict[str, Tensor] = {}
+        self.steps = self.images = 0
+        self.clock = time.monotonic()
+
+    def add(self, values: Mapping[str, Tensor], *, weight: float = 1.0) -> None:
+        """Add scalars; with a weight below 1, a part of a step."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self.sums[name] = self.sums[name].add_(value, alpha=weight) if name in self.sums else value * weight
+
+    def count(self, *, images: int) -> None:
+        """A step is done."""
+        self.steps += 1
+        self.images += images
+
+    def pause(self, seconds: float) -> None:
+        """This time was not spent training."""
+        self.clock += seconds
+
+    def means(self) -> dict[str, float]:
+        """The mean of each scalar."""
+        return {name: float(total) / self.steps for name, total in self.sums.items()}
+
+    def speed(self) -> float:
+        """Images a second."""
+        return self.images / max(time.monotonic() - self.clock, 1e-9)
+
+    def broken(self) -> list[str]:
+        """The names of those that are infinite or not numbers."""
+        return [name for name, total in self.sums.items() if not bool(total.isfinite())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a continuation in the middle of a row needs."""
+        return {"sums": {name: total.clone() for name, total in self.sums.items()}, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.begin()
+        self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
+        self.steps = state["steps"]
+
+
+class ProgressBar:
+    """A bar with loss, speed and the time left; nothing where there is no terminal.
+
+    Args:
+        steps: in all.
+        done: of them, before a resume.
+        shown: False shows nothing on a terminal either.
+    """
+
+    def __init__(self, steps: int, done: int, *, shown: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        self.task = self.bar.add_task("training", total=steps, completed=done, text="")
+
+    def __enter__(self) -> ProgressBar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def advance(self) -> None:
+        """One step further."""
+        self.bar.advance(self.task)
+
+    def show(self, row: Mapping[str, Any]) -> None:
+        """Show the loss and speed of a row of the history."""
+        self.bar.update(self.task, text=f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")

@@ -1,29 +1,25 @@
 """The one loop: batches in, a trained objective out, and everything written down on the way.
 
-    for each step:  seed; for each part of it: loss, backward;  clip;  step;  now and then: log, evaluate, save
+    for each step:  for each part of it: batch, seed, loss, gradient;  clip;  step;  now and then: log, evaluate, save
 
-It knows neither what a loss nor what a metric is: the objective gives the one, a callable the other. accelerate brings
-mixed precision, several processes and trackers.
+It knows neither what a loss nor what a metric is: the objective gives the one, a callable the other.
 
-**Exact resume.** What the network draws at random (dropout) in a step is seeded by the run's seed, the step and the
-process, and the batch of a step is a function of the step; so a run that was killed and resumed gives, bit by bit, the
+**Exact resume.** What the network draws at random in a step (dropout) is seeded by the run's seed, the step and the
+process, and the batch of a step is a function of the step. So a run that was killed and resumed gives, bit by bit, the
 losses of one that was not, however often the loader was restarted or an evaluation drew numbers in between.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import importlib.util
 import logging
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -31,16 +27,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vicinal.models.merging import EMA
 from vicinal.training.checkpoint import Checkpoints, load_checkpoint, load_trained_state, trained_state
 from vicinal.training.collapse import collapsed
-from vicinal.training.history import History
+from vicinal.training.devices import accelerator_for, choose_precision
+from vicinal.training.history import History, Meter, ProgressBar
 from vicinal.types import Batch, InputError
 
-__all__ = ["FitResult", "choose_precision", "fit"]
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["FitResult", "fit"]
 
 logger = logging.getLogger(__name__)
-
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +48,11 @@ class FitResult:
 
     Args:
         steps: taken, those before a resume included.
-        best_step: the step of the best evaluation; 0 means the untrained model. Without evaluation, the last step.
+        best_step: the step of the best evaluation; 0 is the model before training. Without evaluation, the last step.
         best_value: the monitored metric there, measured once more after the weights were restored; NaN without.
         history: the rows of `history.jsonl`.
         stopped_early: for want of improvement.
-        seconds: of training, those before a resume and the evaluations included.
+        seconds: of training, evaluations and those before a resume included.
     """
 
     steps: int
@@ -62,21 +61,6 @@ class FitResult:
     history: list[dict[str, Any]]
     stopped_early: bool
     seconds: float
-
-
-@dataclass(slots=True)
-class _Progress:
-    """What, beside weights and optimiser, a continuation has to know."""
-
-    seed: int
-    step: int = 0
-    best_step: int | None = None
-    best_value: float = -math.inf
-    evaluations_since_best: int = 0
-    stopped: bool = False
-    seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    summed: int = 0
 
 
 def fit(
@@ -90,7 +74,7 @@ def fit(
     evaluate_every: int = 500,
     monitor: str = "map@r",
     out: Path | None = None,
-    precision: Precision = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     clip: float | None = 1.0,
     accumulate: int = 1,
     patience: int | None = None,
@@ -109,33 +93,34 @@ def fit(
     Args:
         objective: `objective(batch)` gives a mapping with "loss"; other scalars in it are logged, and "embeddings" are
             watched for collapse.
-        batches: given the number of batches already taken, an iterator over those that follow. Under several processes
+        batches: given the number of batches already taken, an iterator over those that follow. Of several processes
             each gives its own share.
-        optimizer: over all trained parameters, the loss's own included: see `parameter_groups`.
+        optimizer: over all that is trained, the loss's own parameters included: see `parameter_groups`.
         scheduler: stepped once a step: see `warmup_cosine`.
         steps: of the optimiser.
-        evaluate: gives the metrics of the objective as it then is, larger being better. It is called before the first
-            step (so that a training that only harms is found out), every `evaluate_every` steps, and after the last.
+        evaluate: measures the objective as it then is; larger is better. It is called before the first step (so a
+            training that only harms is found out), every `evaluate_every` steps, after the last, and after the best
+            weights were restored.
         evaluate_every: in steps.
         monitor: the metric by which the best step is chosen and early stopping decides.
         out: the run folder, which gets `history.jsonl`, `checkpoints/` and the trackers' files. None: nothing is
-            written, the best weights are kept in memory.
+            written, and the best weights are kept in memory.
         precision: "auto" is bf16 where the device has it, fp16 with a loss scaler on a GPU without, else fp32.
             Parameters stay in fp32 in each.
         clip: the largest norm of the gradient over all parameters; None: no limit.
         accumulate: batches a step, their gradients averaged. For a loss that compares the items of a batch this is not
             a larger batch: each part sees its own negatives alone.
         patience: stop after so many evaluations in a row without improvement; None: never.
-        min_delta: what counts as improvement.
-        ema: decay of an exponential moving average of the trained weights, which is what is then evaluated, kept as
-            best and left in the objective; for instance 0.99. None: none.
+        min_delta: how much better counts as improvement.
+        ema: decay of a moving average of the trained weights, which is then what is evaluated, kept as best and left in
+            the objective; for instance 0.99. None: none.
         checkpoint_every: in steps; by default at each evaluation, and without one at the end.
-        keep: how many of the newest checkpoints are kept.
+        keep: how many of the newest checkpoints are kept; the best weights are kept besides.
         resume: None begins anew; "last" goes on from the newest checkpoint below `out`, from the start if there is
-            none yet; a path goes on from that checkpoint.
+            none yet; a path goes on from that checkpoint, and drops those of later steps.
         progress: show a bar, if there is a terminal.
         trackers: any of "tensorboard", "wandb", "mlflow".
-        log_every: in steps; the loss logged is the mean over them.
+        log_every: in steps; a logged loss is the mean over them.
         identity: of the recipe: a checkpoint of another is refused.
 
     Returns:
@@ -144,254 +129,270 @@ def fit(
     Raises:
         InputError: a setting cannot be used, a checkpoint not be read or written, or the loss is no longer finite.
     """
+    _check_settings(steps, evaluate_every, accumulate, patience, checkpoint_every, log_every, out, resume)
     device = next(objective.parameters()).device
-    resolved = choose_precision(precision, device)
-    _check(steps, evaluate_every, accumulate, patience, ema, checkpoint_every, log_every, out, resume)
-    accelerator = _accelerator(device, resolved, trackers, out)
-    main = accelerator.is_main_process
-    checkpoints = Checkpoints(out / "checkpoints", keep) if out is not None else None
-    path = _resume_from(resume, checkpoints)
-
+    precision = choose_precision(precision, device)
+    checkpoints = None if out is None else Checkpoints(out / "checkpoints", keep)
+    start_from = _start_from(resume, checkpoints)
+    accelerator = accelerator_for(device, precision, trackers, out)
+    run = _Run(objective, optimizer, scheduler, accelerator, checkpoints, evaluate, monitor, ema, identity)
+    if start_from is not None:
+        run.restore(start_from)
+    state, meter = run.state, run.meter
+    run.history = History(
+        out / "history.jsonl" if out is not None and accelerator.is_main_process else None,
+        until=-1 if start_from is None else state.step,
+    )
     model = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
     stepper = accelerator.prepare(optimizer)
     trained = [p for p in objective.parameters() if p.requires_grad]
-    average = _Average(trained, ema) if ema is not None else None
-    state = _Progress(seed=torch.initial_seed())
-    if path is not None:
-        _restore(path, objective, optimizer, scheduler, accelerator.scaler, average, state, identity)
-        if main and checkpoints is not None:
-            checkpoints.drop_after(state.step)
-    history = History(out / "history.jsonl" if out is not None and main else None, until=state.step if path else -1)
-    best_in_memory: dict[str, Tensor] = {}
-    warned = False
-    began = time.monotonic() - state.seconds
-    sums: dict[str, Tensor] = {name: torch.tensor(value, device=device) for name, value in state.sums.items()}
-    images, clock = 0, time.monotonic()
+    checkpoint_every = checkpoint_every or (steps if evaluate is None else evaluate_every)
+    bar = ProgressBar(steps, state.step, shown=progress and accelerator.is_main_process)
 
-    def measure() -> dict[str, float]:
-        """Evaluate on one process, with the averaged weights where there are such, and tell the others."""
+    try:
+        with bar, _fastest_attention(objective, device, precision):
+            objective.train()
+            if evaluate is not None and state.best_step is None:
+                run.evaluate(min_delta)
+            stream = batches(state.step * accumulate) if state.step < steps else iter(())
+            meter.clock = time.monotonic()
+            while state.step < steps and not state.stopped:
+                images = 0
+                for part in range(accumulate):
+                    batch = _to(_next(stream, state.step), device)
+                    _seed_everything(state.seed, state.step, part, accelerator.process_index)
+                    with _joined_later(accelerator, model, part < accumulate - 1):
+                        with accelerator.autocast():
+                            parts = model(batch)
+                        accelerator.backward(parts["loss"] / accumulate)
+                    meter.add({k: v for k, v in parts.items() if k != "embeddings"}, weight=1 / accumulate)
+                    images += len(batch["image"])
+                norm = accelerator.clip_grad_norm_(trained, math.inf if clip is None else clip)
+                lr = optimizer.param_groups[0]["lr"]
+                stepper.step()
+                scheduler.step()
+                stepper.zero_grad()
+                if run.average is not None:
+                    run.average.update()
+                meter.add({"grad_norm": norm})
+                meter.count(images=images * accelerator.num_processes)
+                state.step += 1
+                bar.advance()
+
+                last = state.step == steps
+                logs = last or state.step % log_every == 0
+                evaluates = evaluate is not None and (last or state.step % evaluate_every == 0)
+                saves = last or state.step % checkpoint_every == 0
+                if logs or evaluates or saves:  # the only steps that wait for the device
+                    run.check_finite(precision)
+                if logs:
+                    bar.show(run.log(lr))
+                    run.warn_of_collapse(parts, batch)
+                paused = time.monotonic()
+                if evaluates:
+                    run.evaluate(min_delta)
+                    state.stopped = patience is not None and state.evaluations_since_best >= patience
+                if saves or state.stopped:
+                    run.save()
+                meter.pause(time.monotonic() - paused)
+        run.leave_best_weights()
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
         objective.eval()
-        metrics: list[Any] = [None]
-        with average.swapped_in() if average is not None else contextlib.nullcontext():
-            if main and evaluate is not None:
-                metrics = [{name: float(value) for name, value in evaluate().items()}]
-        objective.train()
-        if accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            broadcast_object_list(metrics)
-        values: dict[str, float] = metrics[0]
-        if monitor not in values:
-            raise InputError(f"monitor: there is no metric {monitor!r}; the evaluation gives {', '.join(values)}")
-        return values
-
-    def evaluate_now() -> None:
-        """Measure, write it down, and remember the weights if they are the best so far."""
-        values = measure()
-        _write(history, accelerator, {"step": state.step, "val": values})
-        if state.best_step is None or values[monitor] > state.best_value + min_delta:
-            state.best_step, state.best_value, state.evaluations_since_best = state.step, values[monitor], 0
-            with average.swapped_in() if average is not None else contextlib.nullcontext():
-                if checkpoints is None:
-                    best_in_memory.update({n: t.clone() for n, t in trained_state(objective).items()})
-                elif main:
-                    checkpoints.save_best(state.step, trained_state(objective))
-        else:
-            state.evaluations_since_best += 1
-            state.stopped = patience is not None and state.evaluations_since_best >= patience
-
-    def save_now() -> None:
-        if checkpoints is None or not main:
-            return
-        state.seconds = time.monotonic() - began
-        state.sums = {name: float(value) for name, value in sums.items()}
-        content = {
-            "progress": {name: getattr(state, name) for name in _Progress.__dataclass_fields__},
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-            "average": average.shadow if average is not None else None,
-            "identity": identity,
-        }
-        checkpoints.save(state.step, trained_state(objective), content)
-        checkpoints.drop_best_but(state.best_step)
-
-    bar = _Bar(steps, state.step, shown=progress and main)
-    objective.train()
-    with bar, _attention_for(objective, device, resolved):
-        if evaluate is not None and state.best_step is None:
-            evaluate_now()
-        stream = batches(state.step * accumulate) if state.step < steps and not state.stopped else iter(())
-        while state.step < steps and not state.stopped:
-            _seed_everything(state.seed, state.step, accelerator.process_index)
-            for part in range(accumulate):
-                batch = _to(next(stream), device)
-                with accelerator.no_sync(model) if part < accumulate - 1 else contextlib.nullcontext():
-                    with accelerator.autocast():
-                        parts = dict(model(batch))
-                    accelerator.backward(parts["loss"] / accumulate)
-                embeddings = parts.pop("embeddings", None)
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / accumulate
-                images += len(batch["label"])
-            norm = accelerator.clip_grad_norm_(trained, math.inf if clip is None else clip)
-            stepper.step()
-            scheduler.step()
-            stepper.zero_grad()
-            if average is not None:
-                average.update()
-            sums["grad_norm"] = sums.get("grad_norm", 0) + norm.detach()
-            state.summed += 1
-            state.step += 1
-
-            end = state.step == steps
-            logs = end or state.step % log_every == 0
-            evaluates = evaluate is not None and (end or state.step % evaluate_every == 0)
-            every = checkpoint_every or (evaluate_every if evaluate is not None else steps)
-            saves = checkpoints is not None and (end or state.step % every == 0)
-            if logs or evaluates or saves:  # the only steps that wait for the device
-                _check_finite(sums, state, resolved, checkpoints)
-            if logs:
-                row: dict[str, Any] = {"step": state.step}
-                row |= {name: float(value) / state.summed for name, value in sums.items()}
-                now = time.monotonic()
-                row["lr"] = optimizer.param_groups[0]["lr"]
-                row["images_per_second"] = images * accelerator.num_processes / (now - clock)
-                row["seconds"] = now - began
-                _write(history, accelerator, row)
-                bar.show(row)
-                if embeddings is not None and not warned and (wrong := collapsed(embeddings, batch["label"])):
-                    warned = True
-                    logger.warning(
-                        "step %d: the model may have collapsed: %s; lower lr, or the margin", state.step, wrong
-                    )
-                sums, state.summed, images, clock = {}, 0, 0, now
-            bar.advance()
-            paused = time.monotonic()
-            if evaluates:
-                evaluate_now()
-            if saves:
-                save_now()
-            clock += time.monotonic() - paused  # the speed is that of training
-
-    if state.stopped:
-        save_now()
-    if average is not None and evaluate is None:
-        average.keep()
-    if state.best_step is not None:
-        best = best_in_memory
-        if checkpoints is not None:
-            from safetensors.torch import load_file
-
-            accelerator.wait_for_everyone()
-            best = load_file(checkpoints.best(state.best_step))
-        load_trained_state(objective, best)
-        average = None  # the best weights are averages already
-        state.best_value = measure()[monitor]
-    accelerator.end_training()
-    objective.eval()
     return FitResult(
         steps=state.step,
         best_step=state.step if state.best_step is None else state.best_step,
         best_value=math.nan if state.best_step is None else state.best_value,
-        history=history.rows,
+        history=run.history.rows,
         stopped_early=state.stopped,
-        seconds=time.monotonic() - began,
+        seconds=run.seconds(),
     )
 
 
-def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """What "auto" means on this device: bf16 where it is in the hardware, fp16 on other GPUs, else fp32.
+@dataclass(slots=True)
+class _State:
+    """How far a run is: what, beside weights and optimiser, its continuation has to know."""
 
-    On a CPU, bf16 in software is slower than fp32, so it takes AVX-512 bf16, AMX, or an Arm CPU with bf16.
-
-    Raises:
-        InputError: fp16 on a CPU, where it would be slow and its loss scaler is missing.
-
-    >>> choose_precision("fp32", torch.device("cpu"))
-    'fp32'
-    """
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"precision: fp16 needs an NVIDIA or AMD GPU, and this is {device.type}; use auto")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu" and _cpu_has_bf16():
-        return "bf16"
-    return "fp32"
+    seed: int
+    step: int = 0
+    best_step: int | None = None
+    best_value: float = -math.inf
+    to_beat: float = -math.inf
+    evaluations_since_best: int = 0
+    stopped: bool = False
+    seconds: float = 0.0
 
 
-def _cpu_has_bf16() -> bool:
-    if torch.backends.cpu.get_cpu_capability() in ("SVE", "SVE256"):
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+class _Run:
+    """What a run does now and then, beside its steps."""
 
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        accelerator: Accelerator,
+        checkpoints: Checkpoints | None,
+        evaluate: Callable[[], Mapping[str, float]] | None,
+        monitor: str,
+        ema: float | None,
+        identity: str,
+    ) -> None:
+        self.objective = objective
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.accelerator = accelerator
+        self.checkpoints = checkpoints
+        self.measure = evaluate
+        self.monitor = monitor
+        self.average = None if ema is None else EMA(objective, ema)
+        self.identity = identity
+        self.state = _State(seed=torch.initial_seed())
+        self.meter = Meter(next(objective.parameters()).device)
+        self.history = History(None)
+        self.best: dict[str, Tensor] = {}
+        self.warned = False
+        self.began = time.monotonic()
 
-class _Average:
-    """An exponential moving average of the trained weights: a <- a + (1 - decay) (w - a)."""
+    def seconds(self) -> float:
+        return self.state.seconds + time.monotonic() - self.began
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
-        self.decay = decay
-        self.shadow = [p.detach().clone() for p in parameters]
+    def log(self, lr: float) -> dict[str, Any]:
+        row = {"step": self.state.step, **self.meter.means(), "lr": lr}
+        row |= {"images_per_second": self.meter.speed(), "seconds": self.seconds()}
+        self.history.add(row)
+        self.accelerator.log({f"train/{k}": v for k, v in row.items() if k != "step"}, step=self.state.step)
+        self.meter.begin()
+        return row
 
-    def update(self) -> None:
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - self.decay)
+    def warn_of_collapse(self, parts: Mapping[str, Tensor], batch: Batch) -> None:
+        if self.warned or "embeddings" not in parts:
+            return
+        wrong = collapsed(parts["embeddings"], batch["label"])
+        if wrong is not None:
+            self.warned = True
+            logger.warning("step %d: the model may have collapsed: %s; lower lr or the margin", self.state.step, wrong)
 
-    @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        own = [p.detach().clone() for p in self.parameters]
-        self.keep()
-        try:
-            yield
-        finally:
-            torch._foreach_copy_([p.detach() for p in self.parameters], own)
-
-    def keep(self) -> None:
-        torch._foreach_copy_([p.detach() for p in self.parameters], self.shadow)
-
-
-class _Bar:
-    """A progress bar with loss, speed and the time left; nothing where there is no terminal."""
-
-    def __init__(self, steps: int, done: int, *, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
-            disable=not (shown and console.is_terminal),
+    def check_finite(self, precision: str) -> None:
+        # Under fp16 the scaler skips a step whose gradient overflowed: that is its work, not a fault.
+        broken = [name for name in self.meter.broken() if not (name == "grad_norm" and precision == "fp16")]
+        if not broken:
+            return
+        last = None if self.checkpoints is None else self.checkpoints.last()
+        raise InputError(
+            f"at or shortly before step {self.state.step}, {' and '.join(broken)} became infinite or NaN: lower lr, or "
+            "set precision=fp32. " + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
         )
-        self.task = self.bar.add_task("training", total=steps, completed=done, text="")
 
-    def __enter__(self) -> _Bar:
-        self.bar.start()
-        return self
+    def evaluate(self, min_delta: float = 0.0) -> None:
+        """Measure, write it down, and keep the weights if they are the best so far."""
+        state = self.state
+        with self._averaged():
+            values = self._measured()
+            self.history.add({"step": state.step, "val": values})
+            self.accelerator.log({f"val/{k}": v for k, v in values.items()}, step=state.step)
+            value = values[self.monitor] if math.isfinite(values[self.monitor]) else -math.inf
+            if state.best_step is None or value > state.best_value:
+                state.best_step, state.best_value = state.step, value
+                self._keep_as_best()
+        # Any gain is worth keeping, but only one of more than min_delta is worth waiting on.
+        if value > state.to_beat:
+            state.to_beat, state.evaluations_since_best = value + min_delta, 0
+        else:
+            state.evaluations_since_best += 1
 
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+    def _measured(self) -> dict[str, float]:
+        """The metrics by one process, told to the others, so that all decide alike."""
+        told: list[Any] = [None]
+        if self.accelerator.is_main_process and self.measure is not None:
+            self.objective.eval()
+            told = [{name: float(value) for name, value in self.measure().items()}]
+            self.objective.train()
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
 
-    def advance(self) -> None:
-        self.bar.advance(self.task)
+            broadcast_object_list(told)
+        values: dict[str, float] = told[0]
+        if self.monitor not in values:
+            known = ", ".join(values) or "nothing"
+            raise InputError(f"monitor: there is no metric {self.monitor!r}; the evaluation gives {known}")
+        return values
 
-    def show(self, row: Mapping[str, Any]) -> None:
-        self.bar.update(self.task, text=f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def _keep_as_best(self) -> None:
+        if self.checkpoints is None:
+            self.best = {name: tensor.clone() for name, tensor in trained_state(self.objective).items()}
+        elif self.accelerator.is_main_process:
+            self.checkpoints.save_best(self.state.step, trained_state(self.objective))
+
+    def leave_best_weights(self) -> None:
+        """Put the best weights into the objective, and measure them again: what is left is what was reported."""
+        state = self.state
+        if state.best_step is None:  # without evaluation the last are the best
+            with self._averaged():
+                averages = {name: tensor.clone() for name, tensor in trained_state(self.objective).items()}
+            load_trained_state(self.objective, averages)
+            return
+        if state.best_step == state.step and self.average is None:
+            return
+        self.accelerator.wait_for_everyone()
+        load_trained_state(
+            self.objective, self.best if self.checkpoints is None else self.checkpoints.load_best(state.best_step)
+        )
+        again = self._measured()[self.monitor]
+        if abs(again - state.best_value) > 1e-3:
+            logger.warning(
+                "%s was %.4f at step %d, and is %.4f after its weights were restored: the evaluation is not "
+                "deterministic", self.monitor, state.best_value, state.best_step, again,
+            )  # fmt: skip
+        state.best_value = again
+
+    def save(self) -> None:
+        """Write a checkpoint from which the run can go on exactly."""
+        if self.checkpoints is None or not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        content = {
+            "state": asdict(self.state) | {"seconds": self.seconds()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "meter": self.meter.state_dict(),
+            "identity": self.identity,
+        }
+        self.checkpoints.save(self.state.step, trained_state(self.objective), content, best_step=self.state.best_step)
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint."""
+        weights, content = load_checkpoint(path)
+        if content["identity"] != self.identity:
+            raise InputError(f"{path} was made by another recipe; go on with that one, or begin anew in another out")
+        scaler = self.accelerator.scaler
+        if (scaler is None) != (content["scaler"] is None) or (self.average is None) != (content["average"] is None):
+            raise InputError(f"{path} was made in another precision, or with another ema; go on with the same")
+        load_trained_state(self.objective, weights)
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        if scaler is not None:
+            scaler.load_state_dict(content["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(content["average"])
+        self.meter.load_state_dict(content["meter"])
+        for name, value in content["state"].items():
+            setattr(self.state, name, value)
+        if self.checkpoints is not None and self.accelerator.is_main_process:
+            self.checkpoints.go_on_from(path, self.state.step, self.state.best_step)
 
 
-def _check(
+def _check_settings(
     steps: int,
     evaluate_every: int,
     accumulate: int,
     patience: int | None,
-    ema: float | None,
     checkpoint_every: int | None,
     log_every: int,
     out: Path | None,
@@ -408,58 +409,11 @@ def _check(
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
-    if ema is not None and not 0 < ema < 1:
-        raise InputError(f"ema is a decay between 0 and 1, not {ema}")
     if resume is not None and out is None:
-        raise InputError("resume needs the run folder: give out")
+        raise InputError("resume looks for checkpoints in the run folder: give out")
 
 
-def _accelerator(device: torch.device, precision: str, trackers: Sequence[str], out: Path | None) -> Any:  # noqa: ANN401
-    """Accelerate's Accelerator for the device where the objective is."""
-    import difflib
-
-    known = ("tensorboard", "wandb", "mlflow")
-    for name in trackers:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise InputError(
-                f"trackers: there is no {name!r}; " + (f"did you mean {near[0]!r}?" if near else str(known))
-            )
-        if importlib.util.find_spec(name) is None:
-            raise InputError(f"trackers: {name} is not installed; pip install {name}, or leave it out of trackers")
-    if trackers and out is None:
-        raise InputError("trackers write into the run folder: give out")
-
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    # Accelerate keeps device and precision in process-wide state, and refuses a second training with another.
-    AcceleratorState._reset_state(reset_partial_state=not several)
-    before = os.environ.get("ACCELERATE_TORCH_DEVICE")
-    if not several:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    try:
-        accelerator = Accelerator(
-            cpu=device.type == "cpu",
-            mixed_precision="no" if precision == "fp32" else precision,
-            log_with=list(trackers) or None,
-            project_dir=str(out) if out is not None else None,
-            step_scheduler_with_optimizer=False,
-        )
-    finally:
-        if before is None:
-            os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-        else:
-            os.environ["ACCELERATE_TORCH_DEVICE"] = before
-    if str(accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise InputError(f"{accelerator.distributed_type.value} is not supported: launch plain data-parallel processes")
-    if trackers:
-        accelerator.init_trackers("logs")
-    return accelerator
-
-
-def _resume_from(resume: str | Path | None, checkpoints: Checkpoints | None) -> Path | None:
+def _start_from(resume: str | Path | None, checkpoints: Checkpoints | None) -> Path | None:
     if checkpoints is None:
         return None
     last = checkpoints.last()
@@ -470,65 +424,26 @@ def _resume_from(resume: str | Path | None, checkpoints: Checkpoints | None) -> 
                 "out, or delete them"
             )
         return None
-    if str(resume) == "last":
-        if last is None:
-            logger.warning("resume=last: there is no checkpoint in %s yet; beginning at step 0", checkpoints.folder)
-        return last
-    return Path(resume)
+    if str(resume) != "last":
+        return Path(resume)
+    if last is None:
+        logger.warning("resume=last: there is no checkpoint in %s yet; beginning at step 0", checkpoints.folder)
+    return last
 
 
-def _restore(
-    path: Path,
-    objective: nn.Module,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-    scaler: Any,  # noqa: ANN401  (torch's GradScaler, or None)
-    average: _Average | None,
-    state: _Progress,
-    identity: str,
-) -> None:
-    weights, content = load_checkpoint(path)
-    if content["identity"] != identity:
-        raise InputError(f"{path} was made by another recipe; resume with the one it was made by, or begin anew")
-    load_trained_state(objective, weights)
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict(content["scheduler"])
-    if scaler is not None:
-        scaler.load_state_dict(content["scaler"])
-    if average is not None:
-        torch._foreach_copy_(average.shadow, list(content["average"]))
-    for name, value in copy.deepcopy(content["progress"]).items():
-        setattr(state, name, value)
-
-
-def _write(history: History, accelerator: Any, row: dict[str, Any]) -> None:  # noqa: ANN401
-    history.add(row)
-    values = (
-        {f"val/{k}": v for k, v in row["val"].items()} if "val" in row else {f"train/{k}": v for k, v in row.items()}
-    )
-    accelerator.log(values, step=row["step"])
-
-
-def _check_finite(
-    sums: Mapping[str, Tensor], state: _Progress, precision: str, checkpoints: Checkpoints | None
-) -> None:
-    # Under fp16 the scaler skips a step whose gradient overflowed: that is its work, not a fault.
-    bad = [n for n, value in sums.items() if not (n == "grad_norm" and precision == "fp16") and not value.isfinite()]
-    if not bad:
-        return
-    last = checkpoints.last() if checkpoints is not None else None
-    raise InputError(
-        f"at step {state.step} or shortly before, {' and '.join(bad)} became infinite or NaN: lower lr, or set "
-        "precision=fp32. " + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
-    )
-
-
-def _seed_everything(seed: int, step: int, process: int) -> None:
-    """What is drawn in a step depends on the run, the step and the process, and on nothing that came before."""
-    number = np.random.SeedSequence([seed % 2**64, step, process]).generate_state(1, np.uint32).item()
+def _seed_everything(seed: int, step: int, part: int, process: int) -> None:
+    """What the network draws depends on the run, the step and the process, and on nothing that came before."""
+    number = np.random.SeedSequence([seed % 2**64, step, part, process]).generate_state(1, np.uint32).item()
     random.seed(number)
-    np.random.seed(number)  # noqa: NPY002  (the global one is what other people's transforms draw from)
+    np.random.seed(number)  # noqa: NPY002  (the global one: an objective of the user's may draw from it)
     torch.manual_seed(number)
+
+
+def _next(stream: Iterator[Batch], step: int) -> Batch:
+    batch = next(stream, None)
+    if batch is None:
+        raise ValueError(f"the batches ran out at step {step}: they have to go on for as many steps as are asked for")
+    return batch
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -536,7 +451,12 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return cast(Batch, moved)
 
 
-@contextlib.contextmanager
-def _attention_for(objective: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """Attention in the form that is fastest for this device and precision, for the time of the training."""
+def _joined_later(accelerator: Accelerator, model: nn.Module, later: bool) -> AbstractContextManager[None]:
+    """Between processes, gradients are joined once a step, in its last part."""
+    return cast(AbstractContextManager[None], accelerator.no_sync(model)) if later else nullcontext()
+
+
+@contextmanager
+def _fastest_attention(objective: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
+    """For the time of training, attention in the form that is fastest on this device in this precision."""
     yield
