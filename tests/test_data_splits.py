@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from vicinal.data.splits import class_disjoint, grouped, holdout_images, kshot, official, split_word, straddling
 from vicinal.types import InputError
 
+anytime = settings(deadline=None, max_examples=60)  # nothing is timed here
 FLOWERS_UNSEEN = {1, 9, 10, 15, 32, 33, 37, 41, 44, 45, 47, 50, 56, 58, 66, 67, 72, 78, 80, 82}
 
 
@@ -28,6 +29,7 @@ def test_the_flowers_split_of_seed_42_is_reproduced():
     assert list(unseen) == [names[i] for i in sorted(FLOWERS_UNSEEN)], "each side is in the order of the classes"
 
 
+@anytime
 @given(st.integers(2, 300), st.floats(0.01, 0.99), st.integers(0, 2**32))
 def test_seen_and_unseen_are_disjoint_and_whole(count: int, holdout: float, seed: int):
     classes = [str(i) for i in range(count)]
@@ -55,6 +57,7 @@ def test_a_class_named_twice_is_refused():
 # -------------------------------------------------------------------------------------------------------- grouped
 
 
+@anytime
 @given(st.lists(st.sampled_from("abcdefg"), min_size=8, max_size=60), st.integers(0, 1000), st.randoms())
 def test_a_group_never_straddles_whatever_the_order(groups: list[str], seed: int, shuffler: random.Random):
     if int(len(set(groups)) * 0.4) == 0:
@@ -90,7 +93,7 @@ def coop(labels: list[int], k: int, stream: random.Random) -> set[int]:
     return chosen
 
 
-@settings(max_examples=60)
+@anytime
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=200), st.integers(1, 16), st.integers(1, 3))
 def test_kshot_is_coops(labels: list[int], k: int, seed: int):
     ours, theirs = random.Random(seed), random.Random(seed)
@@ -177,6 +180,7 @@ def test_split_word():
 # ------------------------------------------------------------------------------------------------- holdout_images
 
 
+@anytime
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=120), st.floats(0.05, 0.95), st.integers(0, 99), st.randoms())
 def test_each_class_keeps_its_share_back(labels: list[int], share: float, seed: int, shuffler: random.Random):
     tensor = torch.tensor(labels)

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float
-from PIL import Image, UnidentifiedImageError
 
+from vicinal.data.images import image_size
 from vicinal.data.manifest import Manifest, box_array, box_values
 from vicinal.types import InputError
 
@@ -34,8 +34,8 @@ def read_coco(
     """A COCO file: one row for each annotation, cut to its box; the class is the category's name.
 
     A box is x, y, width, height in pixels; an annotation without one, or whose box is the whole recorded picture,
-    stands for the whole picture. Annotations with `iscrowd` are left out: their box holds many objects. Categories without an
-    annotation are no classes. What stands in an annotation's `attributes` becomes columns.
+    stands for the whole picture. Annotations with `iscrowd` are left out: their box holds many objects. Categories
+    without an annotation are no classes. What stands in an annotation's `attributes` becomes columns.
 
     Args:
         path: the file, or a mapping of train, val, test to one file each.
@@ -178,7 +178,7 @@ def write_coco(manifest: Manifest, path: Source) -> None:
     table = manifest.rebased(path.parent).table.drop_columns(["_copy"] if "_copy" in manifest.names() else [])
     files = pc.unique(table["image"]).to_pylist()
     with ThreadPoolExecutor(16) as pool:
-        sizes = dict(zip(files, pool.map(lambda file: _shown_size(path.parent / file), files), strict=True))
+        sizes = dict(zip(files, pool.map(lambda file: image_size(path.parent / file), files), strict=True))
     number = {file: i for i, file in enumerate(files)}
     used = set(np.unique(manifest.labels().numpy()).tolist())
     further = [c for c in table.column_names if c not in ("image", "label", "box")]
@@ -188,7 +188,7 @@ def write_coco(manifest: Manifest, path: Source) -> None:
     attributes = table.select(further).to_pylist() if further else [{}] * len(manifest)
     labels = manifest.labels().tolist()
     for i, file in enumerate(table["image"].to_pylist()):
-        width, height = sizes[file]
+        height, width = sizes[file]
         box = [0, 0, width, height] if np.isnan(corners[i, 0]) else [*corners[i, :2].tolist(), *spans[i].tolist()]
         entry = {"id": i, "image_id": number[file], "category_id": labels[i], "bbox": box, "area": box[2] * box[3]}
         entry["iscrowd"] = 0
@@ -196,7 +196,7 @@ def write_coco(manifest: Manifest, path: Source) -> None:
             entry["attributes"] = attributes[i]
         annotations.append(entry)
     content = {
-        "images": [{"id": i, "file_name": f, "width": w, "height": h} for i, (f, (w, h)) in enumerate(sizes.items())],
+        "images": [{"id": i, "file_name": f, "width": w, "height": h} for i, (f, (h, w)) in enumerate(sizes.items())],
         "annotations": annotations,
         "categories": [{"id": i, "name": c} for i, c in enumerate(manifest.classes) if i in used],
     }
@@ -212,16 +212,3 @@ def _spans(corners: Float[np.ndarray, "N 4"]) -> Float[np.ndarray, "N 2"]:
     for other in (np.nextafter(span, np.inf), np.nextafter(span, -np.inf)):
         span = np.where((start + span != end) & (start + other == end), other, span)
     return span
-
-
-def _shown_size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is shown; only its header is read."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"the size of {path} cannot be read ({error}); `vicinal check` lists all such files"
-        ) from error
-    return (height, width) if turned else (width, height)

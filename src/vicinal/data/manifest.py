@@ -32,6 +32,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from vicinal.data.images import read_image
 from vicinal.types import InputError
 
 __all__ = ["Manifest", "box_array", "box_values", "row_list", "split_word"]
@@ -282,8 +283,6 @@ class Manifest:
 
     def image(self, row: int, at_least: tuple[int, int] | None = None) -> UInt8[Tensor, "3 H W"]:
         """The picture of a row: rotated as EXIF says, cut to its box, RGB. See `vicinal.data.images.read_image`."""
-        from vicinal.data.images import read_image
-
         box = self.table["box"][row].as_py() if "box" in self.table.column_names else None
         return read_image(
             self.path(row), box=None if box is None else tuple(box), padding=self.padding, at_least=at_least

@@ -18,7 +18,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -114,9 +113,7 @@ def _split_folders(root: Path, tops: Sequence[str], images: Sequence[str]) -> di
     return {}
 
 
-def prepare(
-    manifest: Manifest, out: Source, *, holdout: float, seed: int, format: Literal["coco", "parquet"] = "coco"
-) -> dict[str, Path]:
+def prepare(manifest: Manifest, out: Source, *, holdout: float, seed: int, format: str = "coco") -> tuple[Path, ...]:
     """Write a data set's parts with some classes held out, for trainings and tests that read separate files.
 
     For each part of the `split` column (or one called `all`, where there is none) three files come into
@@ -134,7 +131,7 @@ def prepare(
         format: "coco" or "parquet".
 
     Returns:
-        The files written, by name.
+        The files written.
 
     Raises:
         InputError: an unknown format, a word in `split` that is none, or files in `out` that something else wrote.
@@ -172,7 +169,7 @@ def prepare(
         "files": {path.name: int(wanted[name].sum()) for name, path in paths.items()},
     }
     note.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return paths
+    return tuple(paths.values())
 
 
 def _clear_earlier(note: Path, folder: Path) -> None:
