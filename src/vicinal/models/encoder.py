@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,11 +98,19 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How the models of one library are run: plain functions of the model, so that a copy of an Encoder runs its copy."""
+    """How the models of one library are run: plain functions of the model, so that a copy of an Encoder runs its copy.
+
+    Args:
+        name: of the library, as in a uri.
+        encode_image: (model, images "B 3 H W") -> "B D".
+        encode_text: (model, tokens "B L") -> "B D"; None for image-only models.
+        resize: (model, (height, width)) -> None: makes the model take another input size, in place.
+    """
 
     name: str
     encode_image: Callable[[nn.Module, Tensor], Tensor]
-    encode_text: Callable[[nn.Module, Tensor], Tensor] | None = None
+    encode_text: Callable[[nn.Module, Tensor], Tensor] | None
+    resize: Callable[[nn.Module, tuple[int, int]], None]
 
 
 class Encoder(nn.Module):
@@ -250,9 +258,9 @@ class Encoder(nn.Module):
         if folder.exists() and not (folder.is_dir() and ((folder / CONFIG_NAME).exists() or not any(folder.iterdir()))):
             raise InputError(f"{folder} exists and is not a model saved by vicinal; choose another folder or remove it")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        fresh = folder.parent / f".{folder.name}.{uuid.uuid4().hex}"
+        fresh.mkdir()  # not tempfile's, which nobody else could read
         try:
-            fresh.chmod(0o777 & ~_umask())  # mkdtemp makes it private
             architecture = dict(self.architecture)
             if self.tokenizer is not None:
                 architecture["tokenizer"] = self.tokenizer.save(fresh)
@@ -296,12 +304,6 @@ def _unshared(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         seen.add(storage)
 
 
-def _umask() -> int:
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask
-
-
 def _sync(path: Path) -> None:
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -318,12 +320,11 @@ def _replace(fresh: Path, folder: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / folder.name)
+    old = fresh.with_name(f"{fresh.name}.old")
+    folder.rename(old)
     try:
         fresh.rename(folder)
     except OSError:
-        (old / folder.name).rename(folder)
+        old.rename(folder)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
