@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vicinal.models.encoder import Encoder, Tower
-from vicinal.models.modules import SplitAttention
+from vicinal.models.modules import SplitAttention, unprepared
 from vicinal.types import InputError
 
 __all__ = [
@@ -163,16 +163,18 @@ class LinearHead:
 
 @dataclass(frozen=True, slots=True)
 class LoRA:
-    """Low-rank updates of linear layers: y = W x + b + (alpha / r) B A x, B = 0 at the start. Hu et al. 2021, arXiv:2106.09685.
+    """Low-rank updates of linear layers: y = W x + b + (alpha / r) B A x. Hu et al. 2021, arXiv:2106.09685.
+
+    B is zero at the start, so the first output is that of the encoder it was made from.
 
     Args:
         rank: r.
         alpha: scale of the update; None: 2 r, so that the factor alpha / r is 2, whatever the rank.
         dropout: on x, in front of A, while training.
-        targets: which layers of each block: "attention" (all its projections), "mlp", or finer: "q", "k", "v", "out" where
-            each has a layer of its own, "qkv" for the three.
-        first_block: blocks before this one (counted from 0) get none. Blocks that another method trains in full are left
-            out too: an update of low rank adds nothing to them.
+        targets: which layers of each block: "attention" (all its projections), "mlp", or finer: "q", "k", "v", "out"
+            where each has a layer of its own, "qkv" for the three.
+        first_block: blocks before this one (counted from 0) get none. Blocks that an earlier method trains in full are
+            left out too: an update of low rank adds nothing to them.
         tower: "image", "text" or "both".
 
     >>> LoRA(rank=16, targets=("q", "v")).scale
@@ -204,7 +206,7 @@ class LoRA:
         """Put peft's layers in the place of the linear layers that the anatomy names."""
         for which in ("image", "text"):
             if self.tower in (which, "both"):
-                self._apply(encoder, cast(Literal["image", "text"], which))
+                self._apply(encoder, which)
 
     def _apply(self, encoder: Encoder, which: Literal["image", "text"]) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -311,7 +313,7 @@ def adapt(encoder: Encoder, *methods: Full | LastBlocks | LinearHead | BitFit | 
     Raises:
         InputError: a method matches no layer of this encoder; the message names those that it has.
     """
-    adapted = copy.deepcopy(encoder)
+    adapted = unprepared(copy.deepcopy(encoder))
     if not encoder.adapters:
         adapted.requires_grad_(False)
     for method in methods:
@@ -359,10 +361,10 @@ def merge(encoder: Encoder) -> Encoder:
 
     Nothing of it is marked as trained. A LinearHead stays, for it is a layer of its own.
     """
-    merged = copy.deepcopy(encoder)
+    merged = unprepared(copy.deepcopy(encoder))
     for name, module in list(merged.model.named_modules()):
-        if hasattr(module, "lora_A"):  # peft's layers, and those that stand in for them during training
-            _replace(merged.model, name, _folded(module))
+        if hasattr(module, "lora_A"):  # peft's layers
+            _replace(merged.model, name, _merged(module))
     for name, module in list(merged.model.named_modules()):
         if isinstance(module, SplitAttention):
             _replace(merged.model, name, module.fused())
@@ -406,7 +408,7 @@ def _tower(encoder: Encoder, which: Literal["image", "text"]) -> Tower:
 
 
 def _tower_parameters(encoder: Encoder, which: Which) -> dict[str, nn.Parameter]:
-    """Parameters by name: what stands below the same child of the model as the blocks, patches or heads is of the image."""
+    """Parameters by name: of the image is what stands under the same child of the model as its blocks or heads do."""
     everything = dict(encoder.named_parameters())
     anatomy = encoder.anatomy
     if which in ("text", "both"):
@@ -459,7 +461,8 @@ def _split_attention(encoder: Encoder, which: Literal["image", "text"]) -> Tower
     tower = _tower(encoder, which)
     name = tower.attention["fused"]
     for block in tower.blocks:
-        _replace(encoder.model, f"{block}.{name}", SplitAttention(encoder.model.get_submodule(f"{block}.{name}")))
+        attention = cast(nn.MultiheadAttention, encoder.model.get_submodule(f"{block}.{name}"))
+        _replace(encoder.model, f"{block}.{name}", SplitAttention(attention))
     split = dataclasses.replace(tower, attention={role: f"{name}.{role}" for role in ("q", "k", "v", "out")})
     encoder.anatomy = (
         dataclasses.replace(encoder.anatomy, image=split)
@@ -479,7 +482,7 @@ def _fused_tower(encoder: Encoder, tower: Tower) -> Tower:
     return tower
 
 
-def _folded(layer: nn.Module) -> nn.Linear:
+def _merged(layer: nn.Module) -> nn.Linear:
     """The linear layer with the update in its weight, summed in float32."""
     base = cast(nn.Linear, layer.base_layer)
     weight = base.weight.detach().float()

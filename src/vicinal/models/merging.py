@@ -24,8 +24,8 @@ __all__ = ["EMA", "interpolate"]
 def interpolate(before: Encoder, after: Encoder, weight: float) -> Encoder:
     """A new encoder of the plain architecture, between two: (1 - w) before + w after, over the merged weights.
 
-    Weights are interpolated, buffers are `after`'s. A head that only `after` has is left alone, since there is nothing to
-    interpolate it with. The logit scale of an image-text model is kept as a logarithm, so it is interpolated as one.
+    Weights are interpolated, buffers are `after`'s. A head that only `after` has is left alone: there is nothing to
+    interpolate it with. The logit scale of an image-text model is kept as a logarithm, and interpolated as one.
 
     Args:
         before: usually the original.
@@ -55,7 +55,7 @@ def interpolate(before: Encoder, after: Encoder, weight: float) -> Encoder:
 
 
 class EMA:
-    """A running average of the trained weights: d average + (1 - d) theta, with d rising to `decay` over the first steps.
+    """A running average of the trained weights: d average + (1 - d) theta, d rising to `decay` over the first steps.
 
     Args:
         module: its parameters that require a gradient are averaged, in float32.

@@ -7,21 +7,37 @@
 so that a low-rank update reaches each of them. In `MultiheadAttention` the three stand in one matrix, and the fourth is
 used without being called, so an adapter put on it never runs.
 
-Letters: B batch, L query tokens, S key tokens, D width, H heads, d = D / H.
+`FoldedLinear` is a linear layer with its low-rank update, as one matrix product instead of three:
+
+    y = (W + s B A) x + b,    dA = s (B^T g) x^T,    dB = s g (A x)^T,    dx = (W + s B A)^T g        (g = dy, W frozen)
+
+The gradients go through the narrow sides, so the full dW is never formed: two large products a step and four thin ones.
+
+`prepare_for` puts these, and attention in the form that is fastest for the number type, in place for training.
+
+Letters: B batch (in updates: their wide factor), L query tokens, S key tokens, D width, H heads, d = D / H, r rank,
+s = alpha / r, o and i numbers out of and into a layer.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (the name that every reader of torch code knows)
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vicinal.types import InputError
 
-__all__ = ["SplitAttention"]
+__all__ = ["FoldedLinear", "SplitAttention", "plain_attention", "prepare_for", "unprepared"]
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class SplitAttention(nn.Module):
@@ -42,28 +58,22 @@ class SplitAttention(nn.Module):
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
-        if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:
+        if not _standard(attention):
             raise InputError("an attention with add_bias_kv or add_zero_attn cannot be split; adapt its mlp instead")
         self.embed_dim = attention.embed_dim
         self.num_heads = attention.num_heads
         self.dropout = attention.dropout
         self.batch_first = attention.batch_first
         self.plain = False
-        if attention.in_proj_weight is None:
-            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-        else:
-            weights = attention.in_proj_weight.chunk(3)
-        biases = (None, None, None) if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+        weights, biases = _projections(attention)
+        trained = (attention.in_proj_weight if attention.q_proj_weight is None else weights[0]).requires_grad
         trained_bias = attention.in_proj_bias is not None and attention.in_proj_bias.requires_grad
-        trained = attention.out_proj.weight.requires_grad if attention.in_proj_weight is None else None
-        trained = attention.in_proj_weight.requires_grad if trained is None else trained
         self.q, self.k, self.v = (
             _linear(weight, bias, trained, trained_bias) for weight, bias in zip(weights, biases, strict=True)
         )
         out = attention.out_proj
-        self.out = _linear(
-            out.weight, out.bias, out.weight.requires_grad, out.bias is not None and out.bias.requires_grad
-        )
+        bias = cast("Tensor | None", out.bias)
+        self.out = _linear(out.weight, bias, out.weight.requires_grad, bias is not None and bias.requires_grad)
         self.train(attention.training)
 
     def forward(
@@ -92,68 +102,90 @@ class SplitAttention(nn.Module):
         Raises:
             ValueError: `is_causal` without a mask.
         """
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal is a hint about attn_mask, which is missing")
-        batched = query.dim() == 3
-        if not batched:
-            query, key, value = query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-        elif not self.batch_first:
-            query, key, value = query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1)
-        B, L, D = query.shape
-        S, H = key.shape[1], self.num_heads
-        q = self.q(query).view(B, L, H, D // H).transpose(1, 2)
-        k = self.k(key).view(B, S, H, D // H).transpose(1, 2)
-        v = self.v(value).view(B, S, H, D // H).transpose(1, 2)
-        mask = _additive_mask(attn_mask, key_padding_mask, q, S)
-        dropout = self.dropout if self.training else 0.0
-
-        weights: Tensor | None = None
-        if need_weights or self.plain:
-            scores = (q * (D // H) ** -0.5) @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(dim=-1)
-            weights = F.dropout(weights, dropout) if dropout else weights
-            out = weights @ v
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        out = self.out(out.transpose(1, 2).reshape(B, L, D))
-
-        if not batched:
-            out = out.squeeze(0)
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        if not need_weights or weights is None:
-            return out, None
-        weights = weights.mean(dim=1) if average_attn_weights else weights
-        return out, weights if batched else weights.squeeze(0)
+        return _attention(
+            self,
+            lambda query, key, value: (self.q(query), self.k(key), self.v(value)),
+            self.out,
+            self.plain,
+            (query, key, value),
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+        )
 
     def fused(self) -> nn.MultiheadAttention:
         """The `nn.MultiheadAttention` with these weights: the inverse of the constructor."""
-        q, k, v, out = (cast(nn.Linear, layer) for layer in (self.q, self.k, self.v, self.out))
         attention = nn.MultiheadAttention(
             self.embed_dim,
             self.num_heads,
             dropout=self.dropout,
-            bias=q.bias is not None,
-            kdim=k.in_features,
-            vdim=v.in_features,
+            bias=self.q.bias is not None,
+            kdim=self.k.in_features,
+            vdim=self.v.in_features,
             batch_first=self.batch_first,
-            device=q.weight.device,
-            dtype=q.weight.dtype,
+            device=self.q.weight.device,
+            dtype=self.q.weight.dtype,
         )
         with torch.no_grad():
-            if attention.in_proj_weight is None:
-                attention.q_proj_weight.copy_(q.weight)
-                attention.k_proj_weight.copy_(k.weight)
-                attention.v_proj_weight.copy_(v.weight)
-            else:
-                attention.in_proj_weight.copy_(torch.cat([q.weight, k.weight, v.weight]))
-            if q.bias is not None:
-                attention.in_proj_bias.copy_(torch.cat([q.bias, k.bias, v.bias]))
-            attention.out_proj.weight.copy_(out.weight)
-            if out.bias is not None:
-                attention.out_proj.bias.copy_(out.bias)
+            weights, biases = _projections(attention)
+            for weight, bias, layer in zip(weights, biases, (self.q, self.k, self.v), strict=True):
+                weight.copy_(layer.weight)
+                if bias is not None:
+                    bias.copy_(layer.bias)
+            attention.out_proj.load_state_dict(self.out.state_dict())
         return attention.train(self.training)
+
+
+class _PlainMultiheadAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` as plain matrix products: `plain_attention` switches the class, and the weights stay."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        def project(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            if query is key and key is value and self.in_proj_weight is not None:
+                q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+                return q, k, v
+            (wq, wk, wv), (bq, bk, bv) = _projections(self)
+            return F.linear(query, wq, bq), F.linear(key, wk, bk), F.linear(value, wv, bv)
+
+        return _attention(
+            self,
+            project,
+            self.out_proj,
+            True,
+            (query, key, value),
+            key_padding_mask,
+            need_weights,
+            attn_mask,
+            average_attn_weights,
+            is_causal,
+        )
+
+
+def _standard(attention: nn.MultiheadAttention) -> bool:
+    return attention.bias_k is None and attention.bias_v is None and not attention.add_zero_attn
+
+
+def _projections(attention: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """The weights and the biases of q, k and v: views of what the module holds."""
+    fused = cast("Tensor | None", attention.in_proj_weight)
+    if fused is None:
+        weights: tuple[Tensor, ...] = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    else:
+        weights = fused.chunk(3)
+    bias = cast("Tensor | None", attention.in_proj_bias)
+    return weights, (None, None, None) if bias is None else bias.chunk(3)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, trained: bool, trained_bias: bool) -> nn.Linear:
@@ -163,6 +195,55 @@ def _linear(weight: Tensor, bias: Tensor | None, trained: bool, trained_bias: bo
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=trained_bias)
     return layer
+
+
+def _attention(
+    module: SplitAttention | nn.MultiheadAttention,
+    project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
+    out: nn.Module,
+    plain: bool,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    key_padding_mask: Tensor | None,
+    need_weights: bool,
+    attn_mask: Tensor | None,
+    average_attn_weights: bool,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The call of `nn.MultiheadAttention` around any three projections."""
+    if is_causal and attn_mask is None:
+        raise ValueError("is_causal is a hint about attn_mask, which is missing")
+    batched = inputs[0].dim() == 3
+    q, k, v = project(*inputs)
+    if not batched:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    elif not module.batch_first:
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    B, L, D = q.shape
+    S, H = k.shape[1], module.num_heads
+    q = q.reshape(B, L, H, D // H).transpose(1, 2)
+    k = k.reshape(B, S, H, D // H).transpose(1, 2)
+    v = v.reshape(B, S, H, D // H).transpose(1, 2)
+    mask = _additive_mask(attn_mask, key_padding_mask, q, S)
+    dropout = module.dropout if module.training else 0.0
+
+    weights: Tensor | None = None
+    if need_weights or plain:
+        scores = (q * (D // H) ** -0.5) @ k.transpose(-2, -1)
+        weights = (scores if mask is None else scores + mask).softmax(dim=-1)
+        weights = F.dropout(weights, dropout) if dropout else weights
+        result = weights @ v
+    else:
+        result = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    result = out(result.transpose(1, 2).reshape(B, L, D))
+
+    if not batched:
+        result = result.squeeze(0)
+    elif not module.batch_first:
+        result = result.transpose(0, 1)
+    if not need_weights or weights is None:
+        return result, None
+    weights = weights.mean(dim=1) if average_attn_weights else weights
+    return result, weights if batched else weights.squeeze(0)
 
 
 def _additive_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, S: int) -> Tensor | None:
@@ -175,6 +256,199 @@ def _additive_mask(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, 
         if mask.dtype == torch.bool:
             mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, float("-inf"))
         mask = mask.to(q.dtype)
-        mask = mask if mask.dim() == 2 and shape[0] == -1 else mask.view(shape)
+        if mask is not None and not (shape[0] == -1 and mask.dim() == 2):  # "L S" holds for every item and head
+            mask = mask.view(shape)
         total = mask if total is None else total + mask
     return total
+
+
+class FoldedLinear(nn.Module):
+    """A peft LoRA layer as one matrix product: y = (W + s B A) x + b, with gradients for A, B and x alone.
+
+    It holds the very modules of the layer it stands for, under the same names, so weights, optimiser and state dict are
+    the same. W + s B A is summed in float32 and rounded once to the number type of the products (autocast's, if it is
+    on); plain LoRA under autocast rounds W, A x, B A x and the sum each for itself.
+
+    Args:
+        layer: one of peft's `lora.Linear`, with one adapter, without dropout, its weight and bias frozen.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = cast(nn.Linear, layer.base_layer)
+        self.lora_A = cast(nn.ModuleDict, layer.lora_A)
+        self.lora_B = cast(nn.ModuleDict, layer.lora_B)
+        self.scaling = cast("dict[str, float]", layer.scaling)
+        self._stands_for = (layer,)  # in a tuple, so that it is not a second child with the same weights
+        self.train(layer.training)
+
+    @staticmethod
+    def takes(layer: nn.Module) -> bool:
+        """Whether `layer` is such a layer."""
+        if not all(hasattr(layer, name) for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling")):
+            return False  # peft is not imported for this: it is one of the heavy ones
+        base, dropouts = layer.base_layer, cast(nn.ModuleDict, layer.lora_dropout).values()
+        return (
+            type(base) is nn.Linear
+            and not any(p.requires_grad for p in base.parameters())
+            and len(cast(nn.ModuleDict, layer.lora_A)) == 1
+            and all(isinstance(dropout, nn.Identity) for dropout in dropouts)
+            and not any(cast("dict[str, bool]", layer.use_dora).values())
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base layer, for code that asks a layer for its number type."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the base layer."""
+        return self.base_layer.bias
+
+    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        """The linear layer with its update."""
+        ((name, A),) = self.lora_A.items()
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        B = cast(nn.Linear, self.lora_B[name]).weight
+        base = self.base_layer
+        return cast(Tensor, _Folded.apply(x, base.weight, base.bias, A.weight, B, self.scaling[name], dtype))
+
+
+class _Folded(torch.autograd.Function):
+    """The formulas of the module docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 (torch gives it no public type)
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # else the sum itself would be rounded
+            weight = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=s).to(dtype)
+            x = x.to(dtype)
+            ctx.save_for_backward(x, weight, A, B)
+            ctx.s = s
+            return F.linear(x, weight, None if b is None else b.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight, A, B = ctx.saved_tensors
+        g_No, x_Ni = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = (g_No @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        u_Nr = g_No @ B.to(g.dtype)
+        h_Nr = x_Ni @ A.t().to(g.dtype)
+        dA = ctx.s * (u_Nr.t() @ x_Ni).to(A.dtype)
+        dB = ctx.s * (h_Nr.t() @ g_No).t().to(B.dtype)  # this way round is the faster one for a narrow h
+        return dx, None, None, dA, dB, None, None
+
+
+class plain_attention:  # noqa: N801 (called like a function; `with` is optional)
+    """Attention as plain matrix products (`enabled`), or in the library's fused form, for all three families.
+
+    The result is the same up to rounding. On CPUs in bf16 the plain form is faster, the more in the backward pass; in
+    float32 the fused one is (`benchmarks/training_step.py` measures both). The call takes effect at once; used in a
+    `with`, it restores on leaving what was there before.
+
+    Args:
+        encoder: an encoder, or anything that holds one.
+        enabled: true for plain.
+
+    >>> attention = SplitAttention(nn.MultiheadAttention(8, 2))
+    >>> with plain_attention(attention, True):
+    ...     attention.plain
+    True
+    >>> attention.plain
+    False
+    """
+
+    def __init__(self, encoder: nn.Module, enabled: bool) -> None:
+        self._undo: list[Callable[[], None]] = []
+        for module in encoder.modules():
+            if isinstance(module, SplitAttention):
+                self._set(module, "plain", enabled)
+            elif type(module) is (nn.MultiheadAttention if enabled else _PlainMultiheadAttention):
+                if _standard(module):
+                    self._set(module, "__class__", _PlainMultiheadAttention if enabled else nn.MultiheadAttention)
+            elif isinstance(getattr(module, "fused_attn", None), bool):  # timm's flag; other modules have none
+                from timm.layers import use_fused_attn
+
+                self._set(module, "fused_attn", not enabled and use_fused_attn())
+            elif hasattr(module, "set_attn_implementation"):  # transformers' models
+                self._set_transformers(module, enabled)
+
+    def __enter__(self) -> None:
+        """It has taken effect already."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _set(self, module: nn.Module, name: str, value: object) -> None:
+        before = getattr(module, name)
+        self._undo.append(lambda: setattr(module, name, before))
+        setattr(module, name, value)
+
+    def _set_transformers(self, module: Any, enabled: bool) -> None:  # noqa: ANN401 (transformers is not imported)
+        before = module.config._attn_implementation
+        wanted = {"sdpa": "eager"}.get(before) if enabled else {"eager": "sdpa"}.get(before)
+        if wanted is not None and module._supports_sdpa:  # flash attention and the like were chosen: leave them
+            self._undo.append(lambda: module.set_attn_implementation(before))
+            module.set_attn_implementation(wanted)
+
+
+@contextmanager
+def prepare_for(encoder: nn.Module, device_type: str, dtype: torch.dtype) -> Iterator[None]:
+    """Within: the encoder computes the same, faster, for training with products in `dtype`. After: it is as it was.
+
+    On the CPU, low-rank updates are folded into their layers (`FoldedLinear`), where they have no dropout and the
+    layer's own weight is frozen; in bf16, attention takes its plain form too. On other devices nothing is changed, for
+    nothing has been measured there. Names, parameters, optimiser and state dict stay the same.
+
+    Args:
+        encoder: an encoder, or anything that holds one, such as an objective.
+        device_type: "cpu", "cuda", ...
+        dtype: of the matrix products: autocast's, or float32.
+    """
+    if device_type != "cpu":
+        yield
+        return
+    _fold(encoder)
+    try:
+        if dtype == torch.bfloat16:
+            with plain_attention(encoder, True):
+                yield
+        else:
+            yield
+    finally:
+        unprepared(encoder)
+
+
+def unprepared(encoder: M) -> M:
+    """The same object, with its own layers again where `prepare_for` put others (a copy made within it has those)."""
+    for name, module in list(encoder.named_modules()):
+        if isinstance(module, FoldedLinear):
+            (layer,) = module._stands_for
+            _put(encoder, name, layer.train(module.training))
+        elif type(module) is _PlainMultiheadAttention:
+            setattr(module, "__class__", nn.MultiheadAttention)  # noqa: B010 (mypy does not allow the assignment)
+    return encoder
+
+
+def _fold(encoder: nn.Module) -> None:
+    for name, module in list(encoder.named_modules()):
+        if FoldedLinear.takes(module):
+            _put(encoder, name, FoldedLinear(module))
+
+
+def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
