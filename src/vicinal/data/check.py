@@ -147,7 +147,7 @@ class Findings:
             surplus = sum(len(group) - 1 for group in self.near)
             said.append(
                 f"{_count(self.near, 'group')} of near duplicates, {surplus:,} image{_s(surplus)} too many if they are "
-                f"the same (scaled, saved anew or hardly changed): {_some(' ~ '.join(group[:3]) for group in self.near)}"
+                f"the same (scaled, saved anew, hardly changed): {_some(' ~ '.join(group[:3]) for group in self.near)}"
             )
         if self.ambiguous:
             said.append(

@@ -216,7 +216,7 @@ class Manifest:
             tables.append(table.append_column("split", pa.array([words[part]] * len(manifest), pa.string())))
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise InputError(f"the sources of {', '.join(parts)} have columns of different kinds ({error})") from error
         return cls.build(table, root, name=f"{', '.join(parts)} together")
 
