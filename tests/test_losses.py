@@ -187,6 +187,17 @@ def test_equals_the_loop(name: str, settings: dict[str, Any], seed: int):
     assert single(vectors.float(), labels).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("settings", VARIANTS["triplet"] + [{"mining": "all", "margin": 1.0}], ids=str)
+def test_ties_of_distances_are_as_in_the_loop(settings: dict[str, Any]):
+    """Positives and negatives at exactly one distance, and hinges of exactly zero."""
+    axes = torch.eye(D, dtype=torch.float64)
+    vectors = axes[[0, 1, 1, 1, 0, 2, 3, 2]]
+    labels = torch.tensor([0, 0, 1, 1, 0, 1, 2, 2])
+    loss = build("triplet", settings)
+    expected = loop_triplet(loss, vectors.tolist(), labels.tolist(), None)
+    assert loss(vectors, labels).item() == pytest.approx(expected, abs=1e-12)
+
+
 @every_loss
 def test_gradient_is_that_of_finite_differences(name: str, settings: dict[str, Any]):
     vectors, labels, _ = some(3, batch=8)

@@ -178,7 +178,7 @@ def _relations(labels: Tensor, groups: Tensor | None) -> tuple[Bool[Tensor, "B B
 
 
 def _logsumexp(logits_BB: Float[Tensor, "B B"], where_BB: Bool[Tensor, "B B"]) -> Float[Tensor, "B"]:
-    # Not -inf: where a row has nothing to sum, its gradient would be NaN. -1e9 loses against any logit.
+    # A finite floor below any logit: a row with nothing to sum never meets -inf - -inf in its gradient.
     return logits_BB.masked_fill(~where_BB, -1e9).logsumexp(1)
 
 
