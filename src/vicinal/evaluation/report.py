@@ -29,6 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vicinal.evaluation.charts import Panel, Series, density, panel, thin
+from vicinal.evaluation.metrics import retrieval_values, topk
 from vicinal.types import Embeddings
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def report(record: Record, pictures: Callable[[str], Image | None]) -> str:
 
     >>> page = report(Record(results={"before": {"all": {"map@r": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9,
     ...                                                             "queries": 90}}}}), lambda name: None)
-    >>> "On new images of 9 classes, MAP@R is .500 [.400, .600]" in page
+    >>> "On 9 classes,</span> <span class=\"what\">MAP@R is .500 [.400, .600]" in page
     True
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -107,7 +108,7 @@ def report(record: Record, pictures: Callable[[str], Image | None]) -> str:
         headline=_headline(record.results),
         hero=_hero(record.results),
         facts=_key_facts(record),
-        parts=[_part_table(record.results, name) for name in _part_names(record.results)],
+        parts=_part_tables(record.results),
         paired=bool(record.results.get("after")),
         galleries=[_gallery(view, album, seed) for view in shown],
         heat=_heat(shown[0], album, seed) if shown else None,
@@ -241,7 +242,7 @@ def _verdict(difference: Mapping[str, Any] | None) -> str:
     return "up" if difference["low"] > 0 else "down" if difference["high"] < 0 else "flat"
 
 
-def _where(part: str, classes: int) -> str:
+def _where(part: str, classes: int, *, paired: bool) -> str:
     some = _count(classes, "class")
     match part:
         case "unseen":
@@ -251,7 +252,7 @@ def _where(part: str, classes: int) -> str:
         case "joint":
             return f"Among all {some}, seen and unseen together"
         case "all":
-            return f"On new images of {some}"
+            return f"On new images of {some}" if paired else f"On {some}"
         case _:
             return f"On {some} of \N{LEFT DOUBLE QUOTATION MARK}{part}\N{RIGHT DOUBLE QUOTATION MARK}"
 
@@ -264,7 +265,7 @@ def _headline(results: Results) -> dict[str, str]:
         return {"where": "Nothing was measured", "what": "", "change": "", "verdict": "", "tone": "unknown", "rest": ""}
     before, after, difference = (_of(results, side, part, metric) for side in ("before", "after", "difference"))
     one = after or before or {}
-    where = _where(part, int(one.get("n", 0)))
+    where = _where(part, int(one.get("n", 0)), paired=before is not None and after is not None)
     basis = f"{_count(int(one.get('queries', 0)), 'query')} of {_count(int(one.get('n', 0)), 'class')}"
     if before is None or after is None:
         what = f"{_metric(metric)} is {_number(one['value'])} {_interval(one)}".rstrip()
@@ -274,10 +275,10 @@ def _headline(results: Results) -> dict[str, str]:
     tone = _verdict(difference)
     verb = {"up": "rose", "down": "fell"}.get(tone, "went")
     verdict = {
-        "up": f"The whole 95 % interval lies above zero: the adapted model is better here. {basis}.",
-        "down": f"The whole 95 % interval lies below zero: the adapted model is worse here. {basis}.",
-        "flat": f"The 95 % interval holds zero: these data cannot tell the change from none. {basis}.",
-        "unknown": f"There is no interval for this difference, so nothing can be said of its certainty. {basis}.",
+        "up": f"The whole 95 % interval lies above zero: the adapted model is better here. Measured on {basis}.",
+        "down": f"The whole 95 % interval lies below zero: the adapted model is worse here. Measured on {basis}.",
+        "flat": f"The 95 % interval holds zero: these data cannot tell the change from none. Measured on {basis}.",
+        "unknown": f"There is no interval for this difference, so nothing can be said of its certainty. Measured on {basis}.",
     }[tone]
     return {
         "where": where,
@@ -298,7 +299,7 @@ def _elsewhere(results: Results, headline: str, metric: str) -> str:
         if part == headline or before is None or after is None:
             continue
         difference = _signed(change["value"] if change else after["value"] - before["value"])
-        text = f"{names.get(part, part)} {_number(before['value'])} \N{RIGHTWARDS ARROW} {_number(after['value'])}"
+        text = f"{names.get(part, part)} {_number(before['value'])} to {_number(after['value'])}"
         hint = ", not distinguishable from zero" if _verdict(change) == "flat" else ""
         said.append(f"{text} ({f'{difference} {_interval(change, signed=True)}'.rstrip()}{hint})")
     return f"Elsewhere, {_metric(metric)}: " + "; ".join(said) + "." if said else ""
@@ -346,12 +347,23 @@ def _axis(low: float, high: float, *, signed: bool = False) -> list[dict[str, An
     return [{"at": round(100 * (v - low) / (high - low), 2), "label": show(v, 1), "zero": v == 0} for v in values]
 
 
-def _part_table(results: Results, part: str) -> dict[str, Any]:
+def _part_tables(results: Results) -> list[dict[str, Any]]:
+    """The table of every part, on common axes, so that a dot means the same in each."""
+    estimates = {
+        side: [_of(results, side, p, m) for p in _part_names(results) for m in _metrics(results, p)]
+        for side in ("before", "after", "difference")
+    }
+    values = _span([*estimates["before"], *estimates["after"]])
+    changes = _span(estimates["difference"], include=(0.0,))
+    return [_part_table(results, part, values, changes) for part in _part_names(results)]
+
+
+def _part_table(
+    results: Results, part: str, values: tuple[float, float], changes: tuple[float, float]
+) -> dict[str, Any]:
     """All metrics of one part: numbers, dots and whiskers."""
     names = _metrics(results, part)
     sides = {s: {m: _of(results, s, part, m) for m in names} for s in ("before", "after", "difference")}
-    changes = list(sides["difference"].values())
-    low, high = _span(changes, include=(0.0,))
     rows = []
     for name in names:
         before, after, difference = (sides[s][name] for s in ("before", "after", "difference"))
@@ -366,8 +378,8 @@ def _part_table(results: Results, part: str) -> dict[str, Any]:
                 "verdict": _verdict(difference),
                 "n": int(one.get("n", 0)) if one else None,
                 "queries": int(one.get("queries", 0)) if one else None,
-                "values": [w for w in (_whisker(before, 0, 1, "before"), _whisker(after, 0, 1, "after")) if w],
-                "change": _whisker(difference, low, high, _verdict(difference)),
+                "values": [w for w in (_whisker(before, *values, "before"), _whisker(after, *values, "after")) if w],
+                "change": _whisker(difference, *changes, _verdict(difference)),
             }
         )
     titles = {"unseen": "Unseen classes", "seen": "Seen classes", "joint": "Joint", "all": "All classes"}
@@ -381,13 +393,13 @@ def _part_table(results: Results, part: str) -> dict[str, Any]:
     return {
         "id": "".join(c if c.isalnum() else "-" for c in part),
         "title": titles.get(part, part),
-        "explain": explain.get(part, ""),
+        "explain": explain.get(part, "") if results.get("after") else "",  # a bare measurement trained nothing
         "n": best["n"] if best else None,
         "queries": best["queries"] if best else None,
         "rows": rows,
-        "axis": _axis(0.0, 1.0),
-        "change_axis": _axis(low, high, signed=True),
-        "has_change": any(changes),
+        "axis": _axis(*values),
+        "change_axis": _axis(*changes, signed=True),
+        "has_change": any(row["change"] for row in rows),
     }
 
 
@@ -484,33 +496,12 @@ def _take(embeddings: Embeddings, rows: Int[Tensor, "n"]) -> Embeddings:
     return Embeddings(embeddings.vectors[rows], embeddings.labels[rows], ids, embeddings.classes)
 
 
-def _side(name: str, embeddings: Embeddings, pool: Int[Tensor, "P"], block: int = 512) -> _Side:
+def _side(name: str, embeddings: Embeddings, pool: Int[Tensor, "P"]) -> _Side:
     """Neighbours and MAP@R of the sampled queries among all items of the part, each query itself left out."""
     vectors, labels = embeddings.vectors.float(), embeddings.labels
-    sizes = torch.bincount(labels)
-    k = min(NEIGHBOURS, len(embeddings) - 1)
-    rows, cosines, precision = [], [], []
-    for part in pool.split(block):
-        similarity = vectors[part] @ vectors.T
-        similarity[torch.arange(len(part)), part] = -torch.inf
-        relevant = sizes[labels[part]] - 1  # R of each query
-        deep = max(k, int(relevant.max()))
-        top, found = similarity.topk(deep, dim=1)
-        right = (labels[found] == labels[part][:, None]).float()
-        rank = torch.arange(1, deep + 1)
-        counted = right.cumsum(1) / rank * right * (rank <= relevant[:, None])
-        precision.append(counted.sum(1) / relevant)
-        rows.append(found[:, :k])
-        cosines.append(top[:, :k])
-    nearest = torch.cat(rows)
-    return _Side(
-        name=name,
-        embeddings=embeddings,
-        rows=nearest,
-        cosines=torch.cat(cosines),
-        hit=labels[nearest[:, 0]] == labels[pool],
-        map_at_r=torch.cat(precision),
-    )
+    cosines, rows = topk(vectors[pool], vectors, min(NEIGHBOURS, len(embeddings) - 1), exclude=pool)
+    values = retrieval_values(vectors[pool], labels[pool], vectors, labels, ks=(1,), exclude=pool)
+    return _Side(name, embeddings, rows, cosines, labels[rows[:, 0]] == labels[pool], values["map@r"])
 
 
 # ---------------------------------------------------------------------------------------------------------- pictures
@@ -888,13 +879,13 @@ def _monitor(record: Record, checks: Mapping[int, Mapping[str, Any]]) -> str | N
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """An exponential average over about a twentieth of the points, unbiased at its start."""
-    keep = 1 - 1 / max(len(values) / 20, 1.0)
-    total, weight, out = 0.0, 0.0, []
-    for value in values:
-        total, weight = keep * total + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(total / weight)
-    return out
+    """The mean over a window of a fifteenth of the points, centred, so that the line does not lag; cut at the ends.
+
+    >>> _smooth([0.0, 6.0])
+    [0.0, 6.0]
+    """
+    half = len(values) // 30
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - half) : i + half + 1])]
 
 
 # ------------------------------------------------------------------------------------------------------------- facts
