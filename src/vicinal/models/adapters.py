@@ -16,7 +16,7 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -518,13 +518,178 @@ def _nearest(word: str, words: Iterable[str]) -> str:
 
 
 def check_adapted(encoder: Encoder, images: Float[Tensor, "B 3 H W"]) -> None:
-    """Prove on a few images that every zero-initialised factor is alive; else raise. Everything is left as it was.
+    """Prove on a few images, before training, that what is adapted is alive; else raise. All is left as it was.
+
+    1. After one backward pass of a random projection f of the embeddings, every zero-initialised factor (LoRA's B) has
+       a gradient, and so has every block of which something is trained.
+    2. All factors are moved at once, each along its gradient by the step that should raise f by c, forwards and
+       backwards: with J factors alive the central difference of f is J c, and each dead one lowers it by c. Within
+       c / 4 of J c all are alive. Else (a dead one, or a strongly curved f) each is moved on its own, and must change
+       the embedding of the first image.
+
+    Weights, gradients, modes and random state come back bit for bit. A text tower is run on a text, where something of
+    it is trained.
+
+    Args:
+        encoder: adapted.
+        images: two are enough.
 
     Raises:
-        InputError: a factor gets no gradient, or does not change the output; the message names the layer.
+        InputError: something is trained that does not reach the embeddings; the message names the layer.
     """
+    trained = trainable(encoder)
+    if not trained:
+        raise InputError("nothing is trained: give `adapt` a method, such as lora")
+    factors = {name: p for name, p in trained.items() if ".lora_B." in name}
+    of_text = set(_tower_parameters(encoder, "text")) if encoder.anatomy.text is not None else set()
+    weights = {name: p.detach().clone() for name, p in factors.items()}
+    gradients = {name: p.grad for name, p in trained.items()}
+    modes = {module: module.training for module in encoder.modules()}
+    images = images.to(encoder.device)
+    devices = [encoder.device] if encoder.device.type == "cuda" else []
+    generator = torch.Generator().manual_seed(0)
+
+    def outputs(images: Tensor) -> list[Tensor]:
+        towers = []
+        if set(trained) - of_text:
+            towers.append(encoder.encode_image(images))
+        if set(trained) & of_text:
+            towers.append(encoder.encode_text(["a photo of a bird"]))
+        return [output.float() for output in towers]
+
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        try:
+            encoder.eval()
+            for parameter in trained.values():
+                parameter.grad = None
+            found = outputs(images)
+            directions = [torch.randn(z.shape, generator=generator).to(z.device) / z.numel() ** 0.5 for z in found]
+            torch.autograd.backward(_project(found, directions))
+            _check_gradients(encoder, trained, factors)
+            if factors:
+                c = 1e-4 * sum(float(z.detach().square().mean().sqrt()) for z in found)
+                _check_response(factors, weights, outputs, images, directions, c)
+        finally:
+            _restore(factors, weights)
+            for name, parameter in trained.items():
+                parameter.grad = gradients[name]
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _check_gradients(
+    encoder: Encoder, trained: Mapping[str, nn.Parameter], factors: Mapping[str, nn.Parameter]
+) -> None:
+    alive = {name for name, p in trained.items() if p.grad is not None and bool(p.grad.isfinite().all() & p.grad.any())}
+    for name in factors:
+        if name not in alive:
+            raise InputError(f"{_layer(name)} was adapted, but its update gets no gradient: leave it out of `targets`")
+    towers = (encoder.anatomy.image, encoder.anatomy.text)
+    for block in (f"model.{block}." for tower in towers if tower is not None for block in tower.blocks):
+        own = {name for name in trained if name.startswith(block)}
+        if own and not own & alive:
+            raise InputError(f"{block.strip('.')} is trained, but gets no gradient: it does not reach the embedding")
+    if not alive:
+        raise InputError(f"{next(iter(trained))} and all else that is trained gets no gradient")
+
+
+@torch.no_grad()
+def _check_response(
+    factors: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
+    outputs: Callable[[Tensor], list[Tensor]],
+    images: Tensor,
+    directions: Sequence[Tensor],
+    c: float,
+) -> None:
+    gradients = {name: cast(Tensor, p.grad) for name, p in factors.items()}
+    steps = {name: c * gradient / gradient.square().sum() for name, gradient in gradients.items()}
+    values = []
+    for sign in (1, -1):
+        for name, parameter in factors.items():
+            parameter.copy_(weights[name] + sign * steps[name])
+        values.append(float(_project(outputs(images), directions)))
+    if abs((values[0] - values[1]) / 2 - len(factors) * c) < c / 4:
+        return
+    _restore(factors, weights)
+    before = outputs(images[:1])
+    for name, parameter in factors.items():
+        parameter.add_(100 * steps[name])
+        if all(torch.equal(old, new) for old, new in zip(before, outputs(images[:1]), strict=True)):
+            raise InputError(f"{_layer(name)} was adapted, but its update changes nothing: leave it out of `targets`")
+        parameter.copy_(weights[name])
+
+
+def _project(outputs: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(z * d).sum() for z, d in zip(outputs, directions, strict=True)]).sum()
+
+
+@torch.no_grad()
+def _restore(parameters: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
+
+
+def _layer(name: str) -> str:
+    return name.removeprefix("model.").partition(".lora_")[0]
 
 
 def save_peft(encoder: Encoder, folder: str | Path) -> Path:
-    """Write the low-rank updates in peft's layout: adapter_config.json and adapter_model.safetensors."""
-    raise NotImplementedError
+    """Write the low-rank updates alone, in peft's layout: adapter_config.json and adapter_model.safetensors.
+
+    `peft.PeftModel.from_pretrained(model, folder)` puts them on the plain timm or transformers model (or on the MLPs of
+    an open_clip one).
+
+    Args:
+        encoder: adapted by `LoRA` alone, once or more.
+        folder: made if it is not there.
+
+    Raises:
+        InputError: the layout cannot hold it: another method is among the adapters, several LoRA differ in dropout, or
+            the layers are those of a split attention, which the plain model does not have.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save_file
+
+    other = [method for method in encoder.adapters if not isinstance(method, LoRA)]
+    if other or not encoder.adapters:
+        raise InputError(
+            f"peft's layout holds lora alone, here is {other or 'no adapter'}; save `merge(encoder)` instead"
+        )
+    if len({method.dropout for method in encoder.adapters}) > 1:
+        raise InputError("peft's layout holds one dropout for all layers; save `merge(encoder)` instead")
+    model = encoder.model
+    if any(isinstance(module, SplitAttention) for module in model.modules()):
+        raise InputError(
+            "the attention of open_clip is one fused layer in the plain model, so peft has no place for updates of its "
+            "parts; save `merge(encoder)` instead, or adapt with targets: [mlp]"
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    ranks = {name: next(iter(layer.r.values())) for name, layer in layers.items()}
+    alphas = {name: next(iter(layer.lora_alpha.values())) for name, layer in layers.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    names: list[str] | str = list(layers)
+    suffixes = tuple(f".{name}" for name in names)
+    if any(name.endswith(suffixes) for name, _ in model.named_modules()):  # peft takes a list as suffixes
+        names = "|".join(re.escape(name) for name in names)
+    config = LoraConfig(
+        base_model_name_or_path=encoder.source,
+        inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=encoder.adapters[0].dropout,
+        target_modules=names,
+        rank_pattern={name: value for name, value in ranks.items() if value != rank},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    tensors = {}
+    for name, layer in layers.items():
+        for part in ("lora_A", "lora_B"):
+            (linear,) = getattr(layer, part).values()
+            tensors[f"base_model.model.{name}.{part}.weight"] = linear.weight.detach().cpu().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
