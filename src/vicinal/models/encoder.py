@@ -47,7 +47,7 @@ class Tower:
         mlp: dotted names of the Linear layers of the feed-forward part, within a block.
         norm: dotted name, within the model, of the norm after the last block.
 
-    >>> Tower(("blocks.0", "blocks.1"), {"qkv": "attn.qkv", "out": "attn.proj"}, ("mlp.fc1", "mlp.fc2"), "norm").layers()
+    >>> Tower(("blocks.0",), {"qkv": "attn.qkv", "out": "attn.proj"}, ("mlp.fc1", "mlp.fc2"), "norm").layers()
     ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2')
     """
 
@@ -69,8 +69,8 @@ class Anatomy:
         patch_embed: the module that turns pixels into tokens (the stem of a convolutional network).
         image: the image tower.
         text: the text tower, or None.
-        pool: how tokens become one vector, in words: "token" (the class token), "avg", "map" (attention pooling), "max",
-            "eos" or "none".
+        pool: how tokens become one vector, in words: "token" (the class token), "avg", "map" (attention pooling),
+            "max" or "none".
         heads: what follows the pooling of the *image* tower: projections, as names of modules or of parameters.
     """
 
@@ -166,7 +166,7 @@ class Encoder(nn.Module):
 
     @property
     def logit_scale(self) -> float | None:
-        """The factor on cosine similarities that image-text training learnt (already exponentiated: CLIP's is near 100)."""
+        """The factor on similarities that image-text training learnt (exponentiated: CLIP's is 100), or None."""
         return self._logit("logit_scale", torch.exp)
 
     @property
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
         return None if self.tokenizer is None else self.tokenizer.context_length
 
     def encode_image(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        """Embeddings of normalised images, not scaled to length 1. Runs in the mode (train or eval) the encoder is in."""
+        """Embeddings of normalised images, not scaled to length 1, in the mode (train or eval) the encoder is in."""
         return cast(Tensor, self.head(self.family.encode_image(self.model, images)))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
             )
         if not isinstance(self.head, nn.Identity):
             raise InputError(
-                "a linear_head has moved the images out of the space of the texts; adapt without linear_head to use texts"
+                "a linear_head has moved the images out of the space of the texts; adapt without it to use texts"
             )
         return self.family.encode_text(self.model, self.tokenize(texts).to(self.device))
 
@@ -229,7 +229,7 @@ class Encoder(nn.Module):
         return self.tokenizer
 
     def fingerprint(self) -> str:
-        """Hash of all that decides an image's embedding: weights, architecture, adapters, preprocessing. 64 hex digits."""
+        """Hash of what decides an image's embedding: weights, architecture, adapters, preprocessing. 64 hex digits."""
         digest = hashlib.sha256()
         decisive = {key: value for key, value in self.architecture.items() if key != "tokenizer"}
         config = {
@@ -246,8 +246,8 @@ class Encoder(nn.Module):
     def save(self, folder: str | Path) -> Path:
         """Write a folder that `load_encoder` takes, with no network: vicinal.json, model.safetensors, tokenizer files.
 
-        The folder appears whole or not at all: it is written beside, then renamed. A folder that `save` wrote earlier is
-        replaced.
+        The folder appears whole or not at all: it is written beside, then renamed. A folder that `save` wrote earlier
+        is replaced.
 
         Raises:
             InputError: `folder` exists and holds something else.
