@@ -60,8 +60,9 @@ def read_coco(
     pictures = {_key(image, "id", "image", i, name): image for i, image in enumerate(content["images"])}
     categories = {_key(c, "id", "category", i, name): c for i, c in enumerate(content["categories"])}
     names = {number: str(_key(c, "name", "category", number, name)) for number, c in categories.items()}
+    firsts: dict[str, object] = {}
     for number, called in names.items():
-        first = next(n for n, other in names.items() if other == called)
+        first = firsts.setdefault(called, number)
         if first != number:
             raise InputError(f"{name}: categories {first} and {number} are both called {called!r}; rename one")
     rows = [a for a in content["annotations"] if not a.get("iscrowd")]
@@ -111,7 +112,7 @@ def _key(entry: Mapping[str, Any], key: str, what: str, number: object, name: st
     return entry[key]
 
 
-def _coco_box(box: Sequence[float] | None, picture: Mapping[str, Any], number: object, name: str) -> Sequence[float]:
+def _coco_box(box: Sequence[Any] | None, picture: Mapping[str, Any], number: object, name: str) -> Sequence[float]:
     """x0, y0, x1, y1, or NaN for the whole picture."""
     whole = (np.nan,) * 4
     if not box:
@@ -141,7 +142,7 @@ def _attributes(rows: Sequence[Mapping[str, Any]]) -> dict[str, pa.Array]:
         values = [(row.get("attributes") or {}).get(key) for row in rows]
         try:
             columns[key] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except pa.ArrowException:
             columns[key] = pa.array([None if v is None else v if isinstance(v, str) else json.dumps(v) for v in values])
     return columns
 

@@ -117,7 +117,7 @@ def _hub_table(rows: Any, root: Path, columns: Mapping[str, str], name: str) -> 
     chosen = columns.get("image") or (pictures[0] if len(pictures) == 1 else None)
     if chosen is None or chosen not in features:
         kinds = ", ".join(f"{c} ({type(feature).__name__})" for c, feature in features.items())
-        which = f"has {len(pictures)} columns of pictures" if len(pictures) != 1 else f"has no column {chosen!r}"
+        which = f"has no column {chosen!r}" if chosen else f"has {len(pictures)} columns of pictures"
         raise InputError(f"{name} {which}; choose by columns={{'image': …}} among {kinds}")
     fields: dict[str, Any] = {}
     for column, feature in features.items():

@@ -309,7 +309,7 @@ class Manifest:
         try:
             table = pq.read_table(path, memory_map=True)
             known = json.loads(table.schema.metadata[b"vicinal"])
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
             raise InputError(
                 f"{path} is not a manifest saved by vicinal ({error}); read tables with read_table"
             ) from error
@@ -368,7 +368,7 @@ def _boxes(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
     """A column as four floats a row, or null."""
     try:
         boxes = column.cast(BOX)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except pa.ArrowException as error:
         raise InputError(f"{name}: a box is four numbers x0, y0, x1, y1, or nothing ({error})") from error
     given = np.flatnonzero(pc.is_valid(boxes).to_numpy())
     corners = np.asarray(pc.list_flatten(boxes.drop_null()).to_numpy(), float).reshape(-1, 4)

@@ -146,7 +146,7 @@ def _read_delimited(path: Path) -> pa.Table:
                 column_types=dict.fromkeys(header, pa.string()), strings_can_be_null=False
             ),
         )
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {_csv_fault(path, delimiter, encoding, len(header)) or error}") from error
     table = table.select([i for i, column in enumerate(table.column_names) if column.strip()])  # a nameless index
     empty = [pc.if_else(pc.equal(column, ""), pa.scalar(None, pa.string()), column) for column in table.columns]
@@ -246,14 +246,15 @@ def map_columns(table: pa.Table, columns: Mapping[str, str], name: str, labels: 
         absent = [c for c in theirs.split(",") if theirs and theirs not in there and c.strip() not in there]
         if absent:
             raise InputError(f"{name} has no column {absent[0].strip()!r} (columns.{ours}); it has {', '.join(there)}")
+    asked_for = {part.strip() for theirs in columns.values() for part in (theirs, *theirs.split(","))}
     chosen: dict[str, str] = {}
     for ours, aliases in COLUMNS.items():
-        candidates = [lower[alias] for alias in aliases if alias in lower and lower[alias] not in columns.values()]
+        candidates = [lower[alias] for alias in aliases if alias in lower and lower[alias] not in asked_for]
         needed = ours == "image" or (ours == "label" and labels)
         if ours in columns:
             if columns[ours]:
                 chosen[ours] = columns[ours]
-        elif ours in there:
+        elif ours in there and ours not in asked_for:
             chosen[ours] = ours
         elif len(candidates) == 1:
             chosen[ours] = candidates[0]
@@ -339,7 +340,7 @@ def _parsed_boxes(column: pa.ChunkedArray, what: str, name: str) -> Float[np.nda
         column = pc.split_pattern_regex(bare, r"[,;\s]+").cast(pa.list_(pa.float64()))
     try:
         return box_array(pa.table({"box": column.cast(BOX)}))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except pa.ArrowException as error:
         raise InputError(f"{name}: column {what!r} should hold four numbers a row ({error})") from error
 
 
@@ -349,7 +350,7 @@ def _four_columns(table: pa.Table, parts: Sequence[str], name: str) -> Float[np.
         try:
             values = pc.utf8_trim_whitespace(table[part]) if pa.types.is_string(table[part].type) else table[part]
             corners[:, i] = values.cast(pa.float64()).to_numpy()
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except pa.ArrowException as error:
             raise InputError(f"{name}: column {part!r} should hold numbers ({error})") from error
     some = np.isnan(corners)
     torn = np.flatnonzero(some.any(1) & ~some.all(1))
@@ -391,6 +392,6 @@ def write_table(manifest: Manifest, path: Source) -> None:
         try:
             options = pacsv.WriteOptions(delimiter="\t" if suffix == ".tsv" else ",")
             pacsv.write_csv(table, part, options)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except pa.ArrowException as error:
             raise InputError(f"{path}: CSV cannot hold these columns ({error}); write .jsonl or .parquet") from error
     part.replace(path)
