@@ -16,7 +16,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vicinal.models.merging import EMA
+from vicinal.models.modules import prepare_for
 from vicinal.training.checkpoint import Checkpoints, load_checkpoint, load_trained_state, trained_state
 from vicinal.training.collapse import collapsed
 from vicinal.training.devices import accelerator_for, choose_precision
@@ -135,7 +136,8 @@ def fit(
     checkpoints = None if out is None else Checkpoints(out / "checkpoints", keep)
     start_from = _start_from(resume, checkpoints)
     accelerator = accelerator_for(device, precision, trackers, out)
-    run = _Run(objective, optimizer, scheduler, accelerator, checkpoints, evaluate, monitor, ema, identity)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    run = _Run(objective, optimizer, scheduler, accelerator, checkpoints, evaluate, monitor, ema, identity, dtype)
     if start_from is not None:
         run.restore(start_from)
     state, meter = run.state, run.meter
@@ -150,8 +152,8 @@ def fit(
     bar = ProgressBar(steps, state.step, shown=progress and accelerator.is_main_process)
 
     try:
-        with bar, _fastest_attention(objective, device, precision):
-            objective.train()
+        with bar:
+            run.set_to_train()
             if evaluate is not None and state.best_step is None:
                 run.evaluate(min_delta)
             stream = batches(state.step * accumulate) if state.step < steps else iter(())
@@ -199,7 +201,7 @@ def fit(
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()
-        objective.eval()
+        run.set_to_use()
     return FitResult(
         steps=state.step,
         best_step=state.step if state.best_step is None else state.best_step,
@@ -238,6 +240,7 @@ class _Run:
         monitor: str,
         ema: float | None,
         identity: str,
+        dtype: torch.dtype,
     ) -> None:
         self.objective = objective
         self.optimizer = optimizer
@@ -248,6 +251,8 @@ class _Run:
         self.monitor = monitor
         self.average = None if ema is None else EMA(objective, ema)
         self.identity = identity
+        self.dtype = dtype
+        self.prepared = ExitStack()
         self.state = _State(seed=torch.initial_seed())
         self.meter = Meter(next(objective.parameters()).device)
         self.history = History(None)
@@ -257,6 +262,16 @@ class _Run:
 
     def seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.began
+
+    def set_to_train(self) -> None:
+        """Training mode, and the encoder in the form that trains fastest on this device in this precision."""
+        self.objective.train()
+        self.prepared.enter_context(prepare_for(self.objective, self.meter.device.type, self.dtype))
+
+    def set_to_use(self) -> None:
+        """Evaluation mode, and the encoder as it was given: what is measured is what will be used."""
+        self.prepared.close()
+        self.objective.eval()
 
     def log(self, lr: float) -> dict[str, Any]:
         row = {"step": self.state.step, **self.meter.means(), "lr": lr}
@@ -306,9 +321,9 @@ class _Run:
         """The metrics by one process, told to the others, so that all decide alike."""
         told: list[Any] = [None]
         if self.accelerator.is_main_process and self.measure is not None:
-            self.objective.eval()
+            self.set_to_use()
             told = [{name: float(value) for name, value in self.measure().items()}]
-            self.objective.train()
+            self.set_to_train()
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -454,9 +469,3 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 def _joined_later(accelerator: Accelerator, model: nn.Module, later: bool) -> AbstractContextManager[None]:
     """Between processes, gradients are joined once a step, in its last part."""
     return cast(AbstractContextManager[None], accelerator.no_sync(model)) if later else nullcontext()
-
-
-@contextmanager
-def _fastest_attention(objective: nn.Module, device: torch.device, precision: str) -> Iterator[None]:
-    """For the time of training, attention in the form that is fastest on this device in this precision."""
-    yield
