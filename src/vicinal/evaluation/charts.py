@@ -88,7 +88,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     raw = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.7)
-    if not low + step != low:  # an interval too narrow for floating point
+    if low + step == low:  # an interval too narrow for floating point
         return [low]
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     # through a decimal string, so that 3 * 0.1 is 0.3
@@ -108,7 +108,7 @@ def thin(x: Sequence[float], y: Sequence[float], most: int) -> tuple[list[float]
 
 
 def density(values: Float[Tensor, "N"], low: float, high: float, bins: int = 72) -> tuple[list[float], list[float]]:
-    """Share of the values in each of B equal bins of [low, high], smoothed twice with (1, 2, 1)/4 and still summing to 1.
+    """Share of the values in each of B equal bins of [low, high], smoothed twice by (1, 2, 1) / 4; they sum to 1.
 
     Returns:
         The centres of the bins, and the shares.
