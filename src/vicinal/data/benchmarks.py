@@ -82,24 +82,28 @@ def load_benchmark(name: str, *, root: str | Path, download: bool = False) -> Ma
     root = Path(root).expanduser()
     home = root / known.folder
     sets = {part: _open(known, part, root, download) for part in known.parts}
-    classes = tuple(next(iter(sets.values())).classes)
+    anew = f"fetch it anew from {known.address}"
+    for part, dataset in sets.items():  # each part numbers its own classes: they must be the same ones
+        if len(dataset.classes) != known.classes:
+            raise InputError(
+                f"{name}: {home} has {len(dataset.classes)} classes in {part}, the official data set has "
+                f"{known.classes}; {anew}"
+            )
+    classes = tuple(sets["train"].classes)
     images, labels, split = [], [], []
     for part, dataset in sets.items():
         # torchvision offers the decoded pictures in public and the paths and labels only under these names
         files, numbers = dataset._image_files, dataset._labels
         if len(files) != known.parts[part]:
             raise InputError(
-                f"{name}: {home} has {len(files):,} images in {part}, the official data set {known.parts[part]:,}; "
-                f"fetch it anew from {known.address}"
+                f"{name}: {home} has {len(files):,} images in {part}, the official data set has "
+                f"{known.parts[part]:,}; {anew}"
             )
         images += [Path(file).relative_to(home).as_posix() for file in files]
         labels += [classes[number] for number in numbers]
         split += [part] * len(files)
-    if not len(set(labels)) == len(classes) == known.classes:
-        raise InputError(
-            f"{name}: {home} has images of {len(set(labels))} classes, the official data set of {known.classes}; "
-            f"fetch it anew from {known.address}"
-        )
+    if len(set(labels)) != known.classes or any(tuple(dataset.classes) != classes for dataset in sets.values()):
+        raise InputError(f"{name}: {home} does not have the {known.classes} official classes in every part; {anew}")
     manifest = Manifest.build({"image": images, "label": labels, "split": split}, home, classes=classes, name=name)
     manifest.refuse_missing(f"{name}: {home}", hint="root")
     return manifest

@@ -311,11 +311,8 @@ def _look_at_all(
     digest = np.zeros((count, 2), np.uint64)
     size = np.zeros((count, 2), np.int32)
     hashes = np.zeros(count, np.uint64)
-    cells = np.memmap(
-        tempfile.TemporaryFile(),  # noqa: SIM115  it lives as long as the array, and has no name to clean up
-        np.uint8,
-        shape=(count if near else 1, CELLS * CELLS * 3),
-    )
+    with tempfile.TemporaryFile() as file:  # the map keeps what it needs of it, and it vanishes with the map
+        cells = np.memmap(file, np.uint8, shape=(count if near else 1, CELLS * CELLS * 3))
     unreadable: dict[int, str] = {}
 
     def look(i: int) -> None:
