@@ -45,7 +45,8 @@ def rows(out: Path) -> list[dict[str, float]]:
 def kill_at(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
     until = time.monotonic() + 240
     while max((row["step"] for row in rows(out)), default=0) < step:
-        assert process.poll() is None, (process.stderr or sys.stdin).read()
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1].decode())
         assert time.monotonic() < until
         time.sleep(0.005)
     os.killpg(process.pid, signal.SIGKILL)

@@ -12,10 +12,10 @@ memory at once.
 from __future__ import annotations
 
 import copy
-from typing import Self
+from typing import Any, Self
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from vicinal.losses import PAIR_LOSSES, Retention
@@ -79,10 +79,13 @@ class LabelObjective(nn.Module):
 
     def loss(self, embeddings: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
         """The loss under "loss", and beside it the parts that it is the sum of, where there are several."""
-        if "group" in batch and isinstance(self.criterion, tuple(PAIR_LOSSES.values())):
-            loss = self.criterion(embeddings, batch["label"], groups=batch["group"])
-        else:  # class losses have no use for groups, and other libraries' losses do not know them
+        if not isinstance(self.criterion, tuple(PAIR_LOSSES.values())):
+            # Class losses have no use for groups, and other libraries' losses do not know them.
             loss = self.criterion(embeddings, batch["label"])
+        else:
+            # Several processes: a pair loss compares the items of all of them, not each share with itself.
+            groups = _of_all_processes(batch["group"]) if "group" in batch else None
+            loss = self.criterion(_of_all_processes(embeddings), _of_all_processes(batch["label"]), groups=groups)
         if self.retention is None or self.reference is None:
             return {"loss": loss}
         with torch.no_grad():
@@ -94,3 +97,32 @@ class LabelObjective(nn.Module):
         """Both halves; "embeddings", without a graph, stand beside the loss for whoever watches over them."""
         embeddings = self.embed(batch)
         return {**self.loss(embeddings, batch), "embeddings": embeddings.detach()}
+
+
+def _of_all_processes(share: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
+    """The shares of all processes, one after another, with their gradients; with one process, its own.
+
+    Each process then has the loss of the whole batch. Its gradient for a share is summed over the processes here, and
+    the gradients of the parameters are averaged over them afterwards: together that is the gradient of one process.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_world_size() == 1:
+        return share
+    gathered: Tensor = _Gathered.apply(share)
+    return gathered
+
+
+class _Gathered(torch.autograd.Function):
+    """All-gather, with the sum over processes as its gradient. The shares must be of one size."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor) -> Tensor:  # noqa: ANN401  (torch gives it no public type)
+        shares = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(shares, share.contiguous())
+        return torch.cat(shares)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ANN401
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
