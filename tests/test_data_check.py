@@ -149,6 +149,12 @@ def test_plain_pictures_of_other_colours_are_not_near(tmp_path: Path):
     assert check(read_folder(tmp_path, labels=False)).near == (("0.png", "4.png"),)
 
 
+def test_the_shape_is_part_of_the_picture(tmp_path: Path):
+    for i, size in enumerate([(32, 8), (8, 32), (16, 16)]):
+        Image.new("RGB", size, "red").save(tmp_path / f"{i}.png")
+    assert check(read_folder(tmp_path, labels=False)).duplicates == ()
+
+
 def test_marks_on_white_are_not_near(tmp_path: Path):
     for i, where in enumerate(itertools.product(range(3), range(3))):
         image = Image.new("RGB", (60, 60), "white")

@@ -118,6 +118,8 @@ def test_a_label_that_is_no_class_is_named():
     many = Manifest.build({"image": [str(i) for i in range(9)], "label": list(range(9))}, ".")
     with pytest.raises(InputError, match=r"'0', '1', '2', '3', '4' and 4 more are not"):
         many.with_classes(["z"])
+    with pytest.raises(InputError, match="has no labels, but is to have 1 classes"):
+        Manifest.build({"image": ["a"]}, ".").with_classes(["z"])
 
 
 def test_rows_are_counted_from_one_and_the_many_are_counted():
@@ -187,6 +189,16 @@ def test_where_takes_tensors_arrays_and_lists():
 def test_where_refuses_what_is_no_mask(mask: object):
     with pytest.raises(ValueError, match="where takes 3 truth values"):
         manifest().where(mask)  # type: ignore[arg-type]
+
+
+def test_a_part_without_rows_answers_all_the_same():
+    none = manifest(image=["a", "a", "b"], box=[None, [0, 0, 1, 1], None]).where([False] * 3)
+    assert none.labels().shape == (0,)
+    assert none.ids() == ()
+    assert none.missing().shape == (0,)
+    assert none.compact().classes == ()
+    assert box_array(none.table).shape == (0, 4)
+    assert none.rebased("elsewhere").column("image") == []
 
 
 def test_concat_wants_one_root_and_one_set_of_classes():

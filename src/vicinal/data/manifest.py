@@ -99,6 +99,8 @@ class Manifest:
             classes = _sorted_names(table["label"])
         else:
             classes = tuple(str(c) for c in classes)
+            if classes and table["label"].null_count:
+                raise InputError(f"{name} has no labels, but is to have {len(classes)} classes")
             known = pc.is_in(table["label"], value_set=pa.array(classes, pa.string()))
             strange = pc.unique(table["label"].filter(pc.and_(pc.invert(known), pc.is_valid(table["label"]))))
             if len(strange):
@@ -236,7 +238,7 @@ class Manifest:
         files = self.table["image"]
         if len(self) <= 2000:
             there = [Path(self.root, file).is_file() for file in files.to_pylist()]
-            return ~torch.tensor(there)
+            return ~torch.tensor(there, dtype=torch.bool)
         folders = pc.replace_substring_regex(files, "[^/]*$", "")
         listed: dict[str, list[str]] = {}
         for folder in pc.unique(folders).to_pylist():
