@@ -209,8 +209,8 @@ def check(
     Args:
         manifest: read with `check_files=False`, so that missing files are listed and not refused.
         workers: threads that decode; None: one for each core.
-        near: look for near duplicates too. The comparison of hashes takes a few seconds for 60,000 images and grows with
-            the square of their number.
+        near: look for near duplicates too. Comparing the hashes takes seconds for 60,000 images and grows with the
+            square of their number.
         progress: called with (files done, files to do).
 
     >>> import tempfile
