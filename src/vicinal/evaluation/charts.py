@@ -98,8 +98,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 def thin(x: Sequence[float], y: Sequence[float], most: int) -> tuple[list[float], list[float]]:
     """At most `most` of the points: evenly spaced, the first and the last among them.
 
-    >>> thin([0, 1, 2, 3, 4], [5, 6, 7, 8, 9], 3)
-    ([0, 2, 4], [5, 7, 9])
+    >>> thin([0.0, 1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0, 9.0], 3)
+    ([0.0, 2.0, 4.0], [5.0, 7.0, 9.0])
     """
     if len(x) <= most:
         return list(x), list(y)
@@ -137,8 +137,8 @@ def panel(
     x_log: bool = False,
     y_axis: bool = True,
     marks: Sequence[tuple[float, str, str]] = (),
-    width: float = 340,
-    height: float = 190,
+    width: float = 340.0,
+    height: float = 190.0,
 ) -> Panel:
     """Lay series out in a view box of `width` x `height`.
 
@@ -165,8 +165,8 @@ def panel(
     y_values = ticks(y0, y1, 4) if y_axis else []
     labels = [_short(v, y_values) for v in y_values]
     levels = min(len(marks), 2)
-    left, right = (12 + 6.4 * max(map(len, labels), default=0) if y_axis else 8), width - 8
-    top, bottom = 10 + 14 * levels, height - (38 if x_label else 24)
+    left, right = (12.0 + 6.4 * max(map(len, labels), default=0) if y_axis else 8.0), width - 8
+    top, bottom = 10.0 + 14 * levels, height - (38 if x_label else 24)
 
     def across(value: float) -> float:
         a, b, c = (math.log(v) for v in (x0, x1, value)) if x_log else (x0, x1, value)

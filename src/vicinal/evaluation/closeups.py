@@ -216,7 +216,7 @@ def gallery(view: View, album: Album, seed: int) -> dict[str, Any]:
         view.part, {"gained": 2, "lost": 2, "wrong": 2, "kept": 1}
     )
     if len(view.sides) == 1:
-        most = {"kept": 5, "wrong": 5}
+        most = {"kept": 4, "wrong": 4}
     groups = []
     for key, (mask, title, explain) in outcomes.items():
         found = mask.nonzero().flatten().tolist()

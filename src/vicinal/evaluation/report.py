@@ -82,7 +82,8 @@ def report(record: Record, pictures: Callable[[str], Image | None]) -> str:
         headline=_headline(record.results),
         hero=_hero(record.results),
         facts=_key_facts(record),
-        parts=_part_tables(record.results),
+        parts=(tables := _part_tables(record.results)),
+        few=any(0 < (row["n"] or 0) < 20 for table in tables for row in table["rows"]),
         paired=bool(record.results.get("after")),
         galleries=[closeups.gallery(view, album, seed) for view in shown],
         heat=closeups.heat(shown[0], album, seed) if shown else None,
@@ -349,12 +350,12 @@ def _training(record: Record) -> dict[str, Any] | None:
     panels: list[Panel] = []
     last = float(max([*steps, *checked], default=1))
     if len(steps) > 1:
-        loss = [(s, float(rows[s]["loss"])) for s in steps if known(rows[s].get("loss"))]
+        loss = [(float(s), float(rows[s]["loss"])) for s in steps if known(rows[s].get("loss"))]
         if len(loss) > 1:
             x, y = [s for s, _ in loss], [v for _, v in loss]
             series = [Series(*thin(x, y, 240), style="raw"), Series(*thin(x, _smooth(y), 240), style="after")]
             panels.append(panel("Training loss", series, x_label="step", x_range=(0.0, last)))
-        rate = [(s, float(rows[s]["lr"])) for s in steps if known(rows[s].get("lr"))]
+        rate = [(float(s), float(rows[s]["lr"])) for s in steps if known(rows[s].get("lr"))]
         if len(rate) > 1:
             line = Series(*thin([s for s, _ in rate], [v for _, v in rate], 120), style="after")
             top = max(v for _, v in rate) * 1.06 or 1.0
@@ -363,7 +364,7 @@ def _training(record: Record) -> dict[str, Any] | None:
     monitor = _monitor(record, checks)
     best = facts.get("best_step")
     if monitor is not None and checked:
-        points = [(s, float(checks[s][monitor])) for s in checked if known(checks[s].get(monitor))]
+        points = [(float(s), float(checks[s][monitor])) for s in checked if known(checks[s].get(monitor))]
         line = Series([s for s, _ in points], [v for _, v in points], "after", dotted=True)
         marks = [(float(best), f"chosen: step {best:,}", "chosen")] if known(best) else []
         panels.append(
@@ -374,7 +375,7 @@ def _training(record: Record) -> dict[str, Any] | None:
     curve = [p for p in blend.get("curve") or [] if known(p.get("weight"))]
     name = next((m for m in (monitor, "map@r") if m and curve and all(known(p.get(m)) for p in curve)), None)
     if len(curve) > 1 and name is not None:
-        line = Series([p["weight"] for p in curve], [p[name] for p in curve], "after", dotted=True)
+        line = Series([float(p["weight"]) for p in curve], [float(p[name]) for p in curve], "after", dotted=True)
         marks = (
             [(float(blend["weight"]), f"chosen: {blend['weight']:g}", "chosen")] if known(blend.get("weight")) else []
         )
@@ -431,12 +432,12 @@ def _key_facts(record: Record) -> list[dict[str, str]]:
     return facts
 
 
-def _large(number: float) -> str:
+def _large(number: float | int) -> str:
     """A large number, short: 92,160 stays, 5,616,576 is 5.62 M."""
     return f"{number:,.0f}" if number < 1e6 else f"{number / 1e6:.3g} M" if number < 1e9 else f"{number / 1e9:.3g} G"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: float | int) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -453,7 +454,7 @@ def _fact_groups(results: Results) -> list[dict[str, Any]]:
         rows = _flatten({k: v for k, v in given.items() if k not in skip}) if isinstance(given, Mapping) else []
         blend = given.get("wise_ft") if key == "training" and isinstance(given, Mapping) else None
         if isinstance(blend, Mapping) and known(blend.get("weight")):
-            rows.append(("weight of the tuned model (WiSE-FT)", blend["weight"]))
+            rows.append(("interpolation weight", blend["weight"]))
         if rows:
             groups.append({"title": title, "rows": rows})
     rest = _flatten({k: v for k, v in results.items() if k not in shown_elsewhere | set(titles)})

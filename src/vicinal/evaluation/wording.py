@@ -22,7 +22,7 @@ def known(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def as_number(value: float | None, digits: int = 3) -> str:
+def as_number(value: float | int | None, digits: int = 3) -> str:
     """A share of one without its zero: .514; an unknown is a dash.
 
     >>> as_number(0.51449), as_number(1.0), as_number(-0.02), as_number(None)
@@ -35,7 +35,7 @@ def as_number(value: float | None, digits: int = 3) -> str:
     return sign + (text[1:] if text.startswith("0.") else text)
 
 
-def as_change(value: float | None, digits: int = 3) -> str:
+def as_change(value: float | int | None, digits: int = 3) -> str:
     """A difference, with its sign: +.282.
 
     >>> as_change(0.282), as_change(-0.1), as_change(0.0), as_change(None)
