@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -48,13 +48,6 @@ __all__ = [
 ]
 
 Which = Literal["image", "text", "both"]
-
-
-class Adapter(Protocol):
-    """What every entry of `ADAPTERS` can do."""
-
-    def apply(self, encoder: Encoder) -> None:
-        """Change `encoder` in place: mark what is trained, add what is added."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,21 +228,20 @@ class LoRA:
 
         trained = {id(p) for p in encoder.parameters() if p.requires_grad}
         before = {id(layer) for layer in modules.values() if isinstance(layer, LoraLayer)}
-        loras = {adapter for layer in modules.values() if isinstance(layer, LoraLayer) for adapter in layer.lora_A}
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.scale * self.rank,
             lora_dropout=self.dropout,
             target_modules="|".join(re.escape(name) for name in names),  # matched against the whole dotted name
         )
-        inject_adapter_in_model(config, encoder.model, adapter_name=f"lora{len(loras)}" if loras else "default")
+        inject_adapter_in_model(config, encoder.model)
+        del encoder.model.peft_config  # peft's note of one injection; a second one would take it for its own
         modules = dict(encoder.model.named_modules())
         found = {name for name, layer in modules.items() if isinstance(layer, LoraLayer) and id(layer) not in before}
         if found != set(names):
             raise RuntimeError(f"peft adapted {sorted(found ^ set(names))}, which differs from what was asked for")
         for name, layer in modules.items():
             if isinstance(layer, LoraLayer):
-                layer.set_adapter(list(layer.lora_A))  # an injection switches off the earlier ones, without a word
                 if name in found:
                     layer.lora_A.float()
                     layer.lora_B.float()
@@ -258,7 +250,9 @@ class LoRA:
             parameter.requires_grad_(id(parameter) in trained)
 
 
-ADAPTERS: dict[str, type[Full | LastBlocks | LinearHead | BitFit | LoRA]] = {
+Method = Full | LastBlocks | LinearHead | BitFit | LoRA
+
+ADAPTERS: dict[str, type[Method]] = {
     "full": Full,
     "last_blocks": LastBlocks,
     "linear_head": LinearHead,
@@ -268,9 +262,7 @@ ADAPTERS: dict[str, type[Full | LastBlocks | LinearHead | BitFit | LoRA]] = {
 """The name in a recipe -> the class."""
 
 
-def adapters_from_config(
-    config: Iterable[Mapping[str, Any]],
-) -> tuple[Full | LastBlocks | LinearHead | BitFit | LoRA, ...]:
+def adapters_from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Method, ...]:
     """The `adapt:` of a recipe as objects.
 
     Raises:
@@ -301,7 +293,7 @@ def adapters_from_config(
     return tuple(methods)
 
 
-def adapt(encoder: Encoder, *methods: Full | LastBlocks | LinearHead | BitFit | LoRA) -> Encoder:
+def adapt(encoder: Encoder, *methods: Method) -> Encoder:
     """A new encoder to which `methods` are applied in order; all else is frozen. The given one stays as it is.
 
     What an earlier `adapt` of the same encoder trains stays trained.
@@ -372,8 +364,6 @@ def merge(encoder: Encoder) -> Encoder:
     merged.anatomy = dataclasses.replace(
         anatomy, image=_fused_tower(merged, anatomy.image), text=anatomy.text and _fused_tower(merged, anatomy.text)
     )
-    if "peft_config" in vars(merged.model):
-        del merged.model.peft_config
     merged.adapters = tuple(method for method in merged.adapters if isinstance(method, LinearHead))
     return merged.requires_grad_(False)
 
