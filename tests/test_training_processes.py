@@ -51,6 +51,8 @@ def test_two_processes_are_one(tmp_path: Path, loss: str):
         assert torch.equal(both[0]["weights"][name], both[1]["weights"][name])
         assert torch.allclose(both[0]["weights"][name], weight, atol=1e-5), name
     assert both[0]["best"] == both[1]["best"] == pytest.approx(alone["best"], abs=1e-4)
+    drawn = [number for process in both for number in process["drawn"]]
+    assert len(set(drawn)) == len(drawn) == 2 * 2 * 6  # each process, part and step draws its own
     histories = [
         [json.loads(line) for line in (tmp_path / out / "history.jsonl").read_text().splitlines()]
         for out in ("one", "two")

@@ -12,7 +12,7 @@ memory at once.
 from __future__ import annotations
 
 import copy
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -61,7 +61,7 @@ class LabelObjective(nn.Module):
                     f"numbers and the tuned ones {encoder.embedding_dim}; leave out retention, or the new head"
                 )
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> LabelObjective:
         """As usual, but what is frozen keeps its statistics: batch norms without a trained parameter, the original."""
         super().train(mode)
         if self.reference is not None:
