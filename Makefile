@@ -14,6 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+demo: install
+	$(BIN)/python examples/demo.py
+
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 

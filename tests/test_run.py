@@ -214,3 +214,19 @@ def test_min_images_leaves_small_classes_out(tmp_path: Path) -> None:
     assert len(kept.classes) == 3
     with pytest.raises(InputError, match="min_images=9"):
         bring(recipe(data={"folder": str(photos), "min_images": 9}).data)
+
+
+def test_the_same_pixels_are_not_trained_on_and_measured(tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos")
+    pictures = sorted(photos.rglob("0.png"))
+    for other in pictures[1:]:
+        other.write_bytes(pictures[0].read_bytes())
+    with pytest.raises(InputError, match=r"two sides of the split.*0\.png.*data\.leaks=drop"):
+        run(recipe(data={"folder": str(photos)}), tmp_path / "refused", say=lambda _: None)
+    assert not (tmp_path / "refused" / "history.jsonl").exists()
+    out = run(recipe(data={"folder": str(photos), "leaks": "drop"}), tmp_path / "dropped", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    assert "the same pixels are measured" in results["data"]["notes"][-1]
+    clean = json.loads((run(recipe(data={"folder": str(write_folder(tmp_path / "clean"))}), tmp_path / "c") / "results.json").read_text())
+    assert results["data"]["train_images"] < clean["data"]["train_images"]
+    assert results["data"]["parts"] == clean["data"]["parts"], "what is measured stays"

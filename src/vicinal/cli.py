@@ -69,7 +69,7 @@ def check(
     from vicinal.data.check import check as check_manifest
     from vicinal.run import bring_path
 
-    _, manifest = bring_path(source, _pairs(columns))
+    _, manifest = bring_path(source, _pairs(columns), check_files=False)
     findings = check_manifest(manifest, near=near)
     print(findings)
     if json_out:

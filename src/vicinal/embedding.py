@@ -153,18 +153,17 @@ def _compute(
     batches = eval_batches(manifest, transform, batch_size=batch_size, workers=workers, on_error=on_error)
     was_training, came_from = encoder.training, next(encoder.parameters()).device
     encoder.eval().to(device)
-    plain_attention(encoder, device.type == "cpu" and dtype == torch.bfloat16)
     done = 0
     try:
-        for batch in batches:
-            images = batch["image"].to(device, non_blocking=True)
-            vectors = _encode(encoder, images, dtype)
-            fresh.update(zip((rows[i] for i in batch["index"].tolist()), vectors, strict=True))
-            done += len(images)
-            if progress:
-                progress(done, len(rows))
+        with plain_attention(encoder, device.type == "cpu" and dtype == torch.bfloat16):
+            for batch in batches:
+                images = batch["image"].to(device, non_blocking=True)
+                vectors = _encode(encoder, images, dtype)
+                fresh.update(zip((rows[i] for i in batch["index"].tolist()), vectors, strict=True))
+                done += len(images)
+                if progress:
+                    progress(done, len(rows))
     finally:
-        plain_attention(encoder, False)
         encoder.train(was_training).to(came_from)
 
 

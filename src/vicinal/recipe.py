@@ -83,7 +83,8 @@ class Data(_Strict):
     """Where the images are: exactly one of `folder`, `table`, `coco`, `hub`, `benchmark`, and how to read it.
 
     `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
-    each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
+    each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed. `leaks: drop` leaves
+    pictures out of the training that are measured too (the same pixels in another row); else they are an error.
     """
 
     folder: str | TrainValTest | None = None
@@ -96,6 +97,7 @@ class Data(_Strict):
     padding: Annotated[float, Field(ge=0)] = 0.0
     min_images: Annotated[int, Field(ge=1)] = 1
     on_error: Literal["raise", "skip"] = "raise"
+    leaks: Literal["raise", "drop"] = "raise"
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Data:
@@ -354,7 +356,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
                         here.pop(other, None)
             if last:
                 here[name] = value
-            elif not isinstance(here.get(name), dict | list):
+            elif here.get(name) is None:
                 here[name] = {}
             here = here[name]
         elif isinstance(here, list):

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from vicinal.data.benchmarks import load_benchmark
+from vicinal.data.check import leaks
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import PKSampler, ShuffleSampler
@@ -99,7 +100,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
 
     everything = _embed(original, manifest, recipe, "baseline", say)
     manifest, skipped = _readable(manifest, everything)
-    division = _divide(manifest, recipe)
+    division = _without_leaks(manifest, _divide(manifest, recipe), recipe)
     say(f"split: {division}")
     needed = division.measured()
     before = everything.where(needed)
@@ -199,13 +200,14 @@ def bring(data: Data) -> Manifest:
     kind, where = data.source
     if not isinstance(where, str) and kind != "benchmark":
         where = {name: path for name, path in where.model_dump().items() if path is not None}
+    all_there = data.on_error == "raise"
     match kind:
         case "folder":
             manifest = read_folder(where)
         case "table":
-            manifest = read_table(where, columns=data.columns, root=data.root)
+            manifest = read_table(where, columns=data.columns, root=data.root, check_files=all_there)
         case "coco":
-            manifest = read_coco(where, images=data.root)
+            manifest = read_coco(where, images=data.root, check_files=all_there)
         case "hub":
             manifest = read_hub(where, columns=data.columns)
         case _:
@@ -220,7 +222,9 @@ def bring(data: Data) -> Manifest:
     return manifest
 
 
-def bring_path(path: str | Path, columns: Mapping[str, str] | None = None) -> tuple[str, Manifest]:
+def bring_path(
+    path: str | Path, columns: Mapping[str, str] | None = None, *, check_files: bool = True
+) -> tuple[str, Manifest]:
     """The manifest at a path, by what stands there: a folder, a COCO file, or a table. Returns its kind with it.
 
     Raises:
@@ -230,8 +234,8 @@ def bring_path(path: str | Path, columns: Mapping[str, str] | None = None) -> tu
     if path.is_dir():
         return "folder", read_folder(path)
     if path.suffix == ".json":
-        return "coco", read_coco(path)
-    return "table", read_table(path, columns=columns or {})
+        return "coco", read_coco(path, check_files=check_files)
+    return "table", read_table(path, columns=columns or {}, check_files=check_files)
 
 
 def open_uri(model: str, *, size: int | None = None) -> Encoder:
@@ -350,17 +354,23 @@ def picture_of(manifest: Manifest) -> Callable[[str], Image | None]:
 
 
 def _embed(encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say: Say) -> Embeddings:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     say(f"{stage}: embedding {len(manifest):,} images")
-    return embed(
-        encoder,
-        manifest,
-        batch_size=recipe.embed_batch_size,
-        cache=default_cache() if recipe.cache == "auto" else recipe.cache,
-        workers=recipe.workers,
-        device=recipe.device,
-        precision=recipe.precision,
-        on_error=recipe.data.on_error,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(stage, total=len(manifest))
+        return embed(
+            encoder,
+            manifest,
+            batch_size=recipe.embed_batch_size,
+            cache=default_cache() if recipe.cache == "auto" else recipe.cache,
+            workers=recipe.workers,
+            device=recipe.device,
+            precision=recipe.precision,
+            on_error=recipe.data.on_error,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, list[str]]:
@@ -373,6 +383,33 @@ def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, lis
 def _divide(manifest: Manifest, recipe: Recipe) -> Division:
     kind, settings = recipe.split.chosen
     return divide(manifest, kind, **settings.model_dump())
+
+
+def _without_leaks(manifest: Manifest, division: Division, recipe: Recipe) -> Division:
+    """The same picture must not be trained on and measured, under whatever name or label.
+
+    What is measured stays as it is: with `data.leaks: drop` the copy that would be trained or selected on goes.
+    """
+    tested = torch.stack([part.queries for part in division.parts.values()]).any(0)
+    images = np.array(manifest.column("image"))
+    train, val, dropped = division.train.clone(), division.val.clone(), 0
+    while found := leaks(manifest, {"test": tested, "val": val, "train": train}, workers=recipe.workers):
+        if recipe.data.leaks == "raise":
+            pairs = "; ".join(f"{a.file} ({a.part}) and {a.other} ({a.other_part})" for a in found[:3])
+            raise InputError(
+                f"{len(found)} pictures stand on two sides of the split: {pairs}. `vicinal check` lists all that are in "
+                "the data twice; remove one of each, or say data.leaks=drop to leave them out of the training"
+            )
+        for leak in found:
+            sides = {leak.part: leak.file, leak.other_part: leak.other}
+            mask, part = (train, "train") if "train" in sides else (val, "val")
+            rows = torch.from_numpy(images == sides[part]) & mask
+            dropped += int(rows.sum())
+            mask &= ~rows
+    notes = division.notes
+    if dropped:
+        notes += (f"{dropped} images left out of training and selection: the same pixels are measured in another row",)
+    return Division(train, val, division.parts, notes)
 
 
 def _adapters(recipe: Recipe) -> list[dict[str, Any]]:

@@ -114,8 +114,9 @@ def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, s
     elif val:
         notes.append(f"{len(seen_classes)} classes are too few to keep {val:.0%} back: nothing is selected on")
     labels = manifest.labels()
+    position = {name: i for i, name in enumerate(manifest.classes)}
     trained, selected, unseen = (
-        torch.isin(labels, torch.tensor([manifest.classes.index(c) for c in classes], dtype=torch.long))
+        torch.isin(labels, torch.tensor([position[name] for name in classes], dtype=torch.long))
         for classes in (trained_classes, val_classes, unseen_classes)
     )
     parts: dict[str, Part] = {}
@@ -131,7 +132,7 @@ def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, s
             parts["unseen"] = Part(unseen)
             notes.append("the split column names no test image of an unseen class: all their images are tested on")
     else:
-        back = trained & holdout_images(labels, share=seen, seed=seed) if seen else torch.zeros_like(trained)
+        back = trained & holdout_images(labels, share=seen, seed=seed, ids=manifest.ids()) if seen else torch.zeros_like(trained)
         train = trained & ~back
         if back.any():
             parts["seen"] = Part(back, train)
@@ -150,7 +151,7 @@ def _official_masks(manifest: Manifest) -> dict[str, Tensor]:
             f"the data has the columns {', '.join(manifest.names())}"
         )
     none = torch.zeros(len(manifest), dtype=torch.bool)
-    return {"train": none, "val": none, "test": none} | official(manifest.column("split"))
+    return {"train": none, "val": none, "test": none} | official(manifest.column("split"), images=manifest.column("image"))
 
 
 def _grouped_masks(manifest: Manifest, column: str, holdout: float, val: float, seed: int) -> dict[str, Tensor]:
