@@ -204,6 +204,11 @@ HEADLINES = {
         "MAP@R went from .500 to .510: +.010 [−.020, +.040]",
         "The 95 % interval holds zero: these data cannot tell the change from none.",
     ),
+    "a fall that may be none": (
+        {"unseen": (estimate(0.5, 0.4, 0.6), estimate(0.48, 0.4, 0.6), (-0.05, 0.01))},
+        "MAP@R went from .500 to .480: −.020 [−.050, +.010]",
+        "The 95 % interval holds zero",
+    ),
     "one class, no interval": (
         {"unseen": (estimate(0.5, None, None, 1, 8), estimate(0.75, None, None, 1, 8), (None, None))},
         "On 1 class the model never saw, MAP@R went from .500 to .750: +.250 The difference has no interval",
@@ -504,6 +509,18 @@ def test_gallery_shows_every_outcome_and_counts_them_all(view: closeups.View):
             for side in row["sides"]:
                 assert row["query"]["id"] not in [n["id"] for n in side["neighbours"]]
                 assert all(n["hit"] == (n["label"] == row["query"]["label"]) for n in side["neighbours"])
+
+
+def test_outlines_and_badges_say_hit_where_the_class_is_the_querys(html: str):
+    cases = html.split('<div class="case">')[1:]
+    assert len(cases) == 18
+    for case in cases:
+        (kind, query), *neighbours = re.findall(r'<div class="tile (\w*)" title="images/(\d+).png">', case)
+        assert (kind, len(neighbours)) == ("", 10)
+        badges = re.findall(r'aria-hidden="true">([✓✕])</b>', case)
+        for (kind, row), badge in zip(neighbours, badges, strict=True):
+            same = int(row) // 4 == int(query) // 4  # four images a class
+            assert (kind, badge) == (("hit", "✓") if same else ("miss", "✕"))
 
 
 def test_outline_is_told_by_more_than_colour(page: Page):
