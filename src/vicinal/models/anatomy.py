@@ -53,7 +53,6 @@ ATTENTION: tuple[Mapping[str, str], ...] = (
 MLP: tuple[tuple[str, ...], ...] = (
     ("mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"),  # timm, SwiGLU
     ("mlp.fc1", "mlp.fc2"),
-    ("mlp.w12", "mlp.w3"),
     ("mlp.c_fc", "mlp.c_proj"),
     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     ("mlp.weights_in", "mlp.weights_out"),

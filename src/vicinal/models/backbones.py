@@ -66,6 +66,7 @@ def load_encoder(
     uri = str(uri)
     if crop is not None and crop not in get_args(Crop):
         raise InputError(f"crop={crop!r}{nearest(crop, get_args(Crop))}; there are {', '.join(get_args(Crop))}")
+    wanted = pair(size)
     scheme, _, rest = uri.partition(":")
     hub = Hub(None if cache_dir is None else Path(cache_dir).expanduser())
     # weights that are overwritten at once must not use up the caller's random numbers
@@ -75,13 +76,15 @@ def load_encoder(
             if not random_init:
                 say_licence(uri, found.licence)
             encoder = _assemble(found, uri)
+            held = found.grid or found.preprocess.size
         else:
             encoder = _load_saved(uri, random_init)
+            held = encoder.preprocess.size
     if random_init:
         encoder.source = f"{uri} (random weights)"
-    wanted = pair(size)
-    if wanted is not None and wanted != encoder.preprocess.size:
-        _resize(encoder, wanted, uri)
+    target = wanted or encoder.preprocess.size
+    if {target} != {held, encoder.preprocess.size}:  # in one step, from the positions that were trained
+        _resize(encoder, target, uri)
     if crop is not None:
         encoder.preprocess = dataclasses.replace(encoder.preprocess, crop=crop)
     return encoder.eval()
@@ -96,16 +99,13 @@ class _Loader:
 
 
 def _assemble(found: Found, source: str) -> Encoder:
-    """Architecture -> module -> weights -> input size -> Encoder."""
+    """Architecture -> module -> weights -> Encoder."""
     architecture = dict(found.architecture)
     model, family, anatomy = FAMILIES[architecture["family"]].build(architecture)
     if architecture["size"] is not None:
         family.resize(model, tuple(architecture["size"]))
     if found.weights is not None:
         model = found.weights(model)
-    if found.grid is not None and found.grid != found.preprocess.size:
-        family.resize(model, found.preprocess.size)
-        architecture["size"] = list(found.preprocess.size)
     encoder = Encoder(
         model.eval(),
         family=family,
@@ -134,13 +134,14 @@ def _width(encoder: Encoder, source: str) -> int:
 def _resize(encoder: Encoder, size: tuple[int, int], uri: str) -> None:
     old = encoder.preprocess.size
     try:
-        encoder.family.resize(encoder.model, size)
+        if encoder.family.resize(encoder.model, size):
+            encoder.architecture["size"] = list(size)
     except InputError as error:
         raise InputError(f"{uri}: {error}") from error
     encoder.preprocess = dataclasses.replace(encoder.preprocess, size=size)
-    encoder.architecture["size"] = list(size)
     _width(encoder, uri)  # some architectures find out in their forward only
-    log.info("%s: input size %s x %s instead of %s x %s", uri, *size, *old)
+    if size != old:
+        log.info("%s: input size %s x %s instead of %s x %s", uri, *size, *old)
 
 
 def _load_saved(uri: str, random_init: bool) -> Encoder:
@@ -191,6 +192,8 @@ def _not_a_model(uri: str, folder: Path) -> str:
     if folder.is_file():
         return f"{uri} is a file; say what architecture it is for: timm:NAME@{uri} or open_clip:NAME@{uri}"
     scheme = uri.partition(":")[0]
+    if scheme in FAMILIES:
+        return f"{uri} names no model; a model is {forms}"
     if ":" in uri and (near := difflib.get_close_matches(scheme, FAMILIES, n=1)):
         return f"unknown family {scheme!r} in {uri}; did you mean {near[0]}:? A model is {forms}"
     import timm

@@ -104,13 +104,14 @@ class Family:
         name: of the library, as in a uri.
         encode_image: (model, images "B 3 H W") -> "B D".
         encode_text: (model, tokens "B L") -> "B D"; None for image-only models.
-        resize: (model, (height, width)) -> None: makes the model take another input size, in place.
+        resize: (model, (height, width)) -> whether its positions are now those of that size: makes the model take
+            another input size, in place. False: it takes it all the same, by resampling as it runs.
     """
 
     name: str
     encode_image: Callable[[nn.Module, Tensor], Tensor]
     encode_text: Callable[[nn.Module, Tensor], Tensor] | None
-    resize: Callable[[nn.Module, tuple[int, int]], None]
+    resize: Callable[[nn.Module, tuple[int, int]], bool]
 
 
 class Encoder(nn.Module):

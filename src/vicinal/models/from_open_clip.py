@@ -289,7 +289,7 @@ def _encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, model).encode_text(tokens, normalize=False))
 
 
-def _resize(model: nn.Module, size: tuple[int, int]) -> None:
+def _resize(model: nn.Module, size: tuple[int, int]) -> bool:
     visual = cast(Any, model).visual
     if hasattr(visual, "trunk"):
         timm_resize(visual.trunk, size)
@@ -304,6 +304,7 @@ def _resize(model: nn.Module, size: tuple[int, int]) -> None:
         positions = resample(visual.positional_embedding, tuple(visual.grid_size), new, prefix=1, antialias=True)
         visual.positional_embedding, visual.grid_size = positions, new
     visual.image_size = size
+    return True
 
 
 OPEN_CLIP = Family("open_clip", _encode_image, _encode_text, _resize)

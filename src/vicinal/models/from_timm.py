@@ -100,9 +100,16 @@ def _weights(read: Callable[[], dict[str, Tensor]], uri: str) -> Callable[[nn.Mo
 
 
 def _without_classifier(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = cast(Any, model).pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
-    return {key: value for key, value in state.items() if not key.startswith(heads)}
+    """Without the classifier and what timm drops with it: norms and layers of the same head."""
+    named = cast(Any, model).pretrained_cfg.get("classifier") or ()
+    classifiers = (named,) if isinstance(named, str) else tuple(named)
+    heads = tuple(f"{name.rpartition('.')[0]}." for name in classifiers if "." in name)
+    own = model.state_dict()
+    return {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(tuple(f"{name}." for name in classifiers)) and (key in own or not key.startswith(heads))
+    }
 
 
 def build(architecture: Mapping[str, Any]) -> tuple[nn.Module, Family, Anatomy]:
@@ -139,8 +146,8 @@ def _encode_image(model: nn.Module, images: Tensor) -> Tensor:
     return cast(Tensor, model(images))
 
 
-def timm_resize(model: nn.Module, size: tuple[int, int]) -> None:
-    """Make a model of timm take another input size, in place.
+def timm_resize(model: nn.Module, size: tuple[int, int]) -> bool:
+    """Make a model of timm take another input size, in place. Always True, see `Family`.
 
     Raises:
         InputError: its architecture cannot, or its patches do not divide the size.
@@ -155,6 +162,7 @@ def timm_resize(model: nn.Module, size: tuple[int, int]) -> None:
     elif trunk.pretrained_cfg.get("fixed_input_size", False):
         native = trunk.pretrained_cfg["input_size"][1:]
         raise InputError(f"this architecture of timm takes images of {native[0]} x {native[1]} pixels only")
+    return True
 
 
 TIMM = Family("timm", _encode_image, None, timm_resize)

@@ -70,13 +70,19 @@ def find(rest: str, uri: str, hub: Hub, random_init: bool) -> Found:
                 config=config,
                 dtype=torch.float32,  # the default is what the file is in, which may be half
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
                 **kind.options,
                 **options,
             )
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{failed} ({first_line(error)})") from error
-        if missing := sorted(report["missing_keys"]):
-            raise InputError(misfit(uri, [f"missing: {key}" for key in missing]))
+        wrong = [f"missing: {key}" for key in sorted(report["missing_keys"])]
+        wrong += [
+            f"shape: {key} is {tuple(there)} in the file, {tuple(here)} in the model"
+            for key, there, here in report["mismatched_keys"]
+        ]
+        if wrong:
+            raise InputError(misfit(uri, wrong))
         return cast(nn.Module, loaded)
 
     return Found(architecture, preprocess, None if random_init else read, _native_size(config), licence, tokenizer)
@@ -194,12 +200,12 @@ def _dino_image(model: nn.Module, images: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, model)(pixel_values=images).last_hidden_state[:, 0])
 
 
-def _clip_resize(model: nn.Module, size: tuple[int, int]) -> None:
+def _clip_resize(model: nn.Module, size: tuple[int, int]) -> bool:
     vision = cast(Any, model).vision_model
     embeddings = vision.embeddings
     check_divides(size, embeddings.patch_size)
     if size[0] != size[1]:
-        return  # the forward resamples
+        return False
     new = size[0] // embeddings.patch_size
     prefix = int(hasattr(embeddings, "class_embedding"))  # CLIP has a class token, SigLIP none
     old = round((embeddings.position_embedding.weight.shape[0] - prefix) ** 0.5)
@@ -209,18 +215,20 @@ def _clip_resize(model: nn.Module, size: tuple[int, int]) -> None:
     embeddings.num_patches = new * new
     embeddings.position_ids = torch.arange(weight.shape[0], device=weight.device).expand((1, -1))
     embeddings.image_size = vision.config.image_size = size[0]
+    return True
 
 
-def _naflex_resize(model: nn.Module, size: tuple[int, int]) -> None:
+def _naflex_resize(model: nn.Module, size: tuple[int, int]) -> bool:
     check_divides(size, cast(Any, model).vision_model.embeddings.patch_size)
+    return False
 
 
-def _vit_resize(model: nn.Module, size: tuple[int, int]) -> None:
+def _vit_resize(model: nn.Module, size: tuple[int, int]) -> bool:
     embeddings = cast(Any, model).embeddings
     patches = embeddings.patch_embeddings
     check_divides(size, patches.patch_size)
     if size[0] != size[1]:
-        return  # the forward resamples
+        return False
     patch = pair(patches.patch_size) or (1, 1)
     new = (size[0] // patch[0], size[1] // patch[1])
     old = round((embeddings.position_embeddings.shape[1] - 1) ** 0.5)
@@ -231,6 +239,7 @@ def _vit_resize(model: nn.Module, size: tuple[int, int]) -> None:
     cast(Any, model).config.image_size = size[0]
     if hasattr(embeddings, "image_size"):  # ViT keeps a second copy
         embeddings.image_size = size
+    return True
 
 
 @dataclass(frozen=True, slots=True)
