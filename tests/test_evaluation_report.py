@@ -20,7 +20,7 @@ from PIL import Image
 
 from vicinal.evaluation import closeups
 from vicinal.evaluation.charts import Series, density, panel, thin, ticks
-from vicinal.evaluation.report import Record, report
+from vicinal.evaluation.report import Record, _hero, _part_tables, report
 from vicinal.evaluation.wording import as_change, as_number, counted
 from vicinal.types import Embeddings
 
@@ -267,6 +267,33 @@ def test_headline_takes_another_metric_where_map_at_r_is_unknown():
     text = Page(report(Record(results), nothing)).text
     assert "Recall@1 rose from .500 to .600" in text
     assert "MAP@R –" in text  # the table says that it is unknown
+
+
+def test_dots_and_whiskers_stand_where_their_axis_says():
+    results = full_record().results
+    tables = _part_tables(results)
+    hero = _hero(results)
+    assert hero is not None
+    assert [t["id"] for t in tables] == [row["part"] for row in hero["rows"]] == ["unseen", "seen", "joint"]
+    checked = 0
+
+    def check(whisker: Any, axis: list[dict[str, Any]], e: dict[str, Any]) -> None:  # noqa: ANN401
+        nonlocal checked
+        (a, b), (x, y) = ([float(t["label"].replace("−", "-")) for t in axis[:2]], [t["at"] for t in axis[:2]])
+        for place, key in ((whisker.at, "value"), (whisker.low, "low"), (whisker.high, "high")):
+            assert place == pytest.approx(x + (e[key] - a) / (b - a) * (y - x), abs=0.03), key
+        checked += 1
+
+    for table, drawn in zip(tables, hero["rows"], strict=True):
+        for row in table["rows"]:
+            before, after, change = (results[s][table["id"]][row["name"]] for s in ("before", "after", "difference"))
+            check(row["values"][0], table["axis"], before)
+            check(row["values"][1], table["axis"], after)
+            check(row["change"], table["change_axis"], change)
+            assert [w.style for w in (*row["values"], row["change"])] == ["before", "after", "up"]
+        for side in ("before", "after"):
+            check(drawn[side], hero["axis"], results[side][table["id"]]["map@r"])
+    assert checked == 3 * 6 * 3 + 3 * 2
 
 
 def test_a_single_run_says_that_seeds_are_not_in_its_interval(page: Page):
