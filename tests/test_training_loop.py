@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training_parts import Tiny, batch_at, batches, optimise
-from vicinal.training import checkpoint, devices
+from vicinal.training import checkpoint, devices, loop
 from vicinal.training.checkpoint import Checkpoints
 from vicinal.training.collapse import collapsed, effective_rank, spread
 from vicinal.training.devices import choose_precision
@@ -320,6 +320,33 @@ def test_bf16_runs_the_network_in_bf16_and_the_loss_in_fp32():
     assert losses(result) != losses(other)
 
 
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_loss_scaler_changes_nothing_but_skips_what_overflows(monkeypatch: pytest.MonkeyPatch, overflows: bool):
+    """What fp16 needs on a GPU, here with a scaler on the CPU: gradients are scaled back before they are clipped."""
+    expected = train(Tiny(), 8)
+    plain = loop.accelerator_for
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127 if overflows else 2.0**10, growth_interval=3)
+
+    def with_scaler(*arguments: Any) -> Any:  # noqa: ANN401
+        accelerator = plain(*arguments)
+        accelerator.scaler = scaler
+        return accelerator
+
+    monkeypatch.setattr(loop, "accelerator_for", with_scaler)
+    objective = Tiny()
+    before = weights(objective)
+    result = train(objective, 8 if not overflows else 2)
+    norms = [row["grad_norm"] for row in result.history]
+    if overflows:
+        assert norms[0] is None
+        assert equal(weights(objective), before) == (norms[1] is None)
+        assert scaler.get_scale() < 2.0**127
+    else:
+        assert losses(result) == pytest.approx(losses(expected), rel=1e-4)
+        assert norms == pytest.approx([row["grad_norm"] for row in expected.history], rel=1e-3)
+        assert scaler.get_scale() == 2.0**12  # doubled after each three steps
+
+
 @pytest.mark.parametrize(
     ("has", "auto"),
     [
@@ -503,4 +530,9 @@ def test_a_line_cut_off_by_a_kill_is_dropped_from_the_history(tmp_path: Path):
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
     history = History(path, until=1)
     history.add({"step": 2, "loss": 0.5})
-    assert path.read_text() == '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 0.5}\n'
+    history.add({"step": 2, "val": {"map@r": math.nan, "recall@1": 0.5}})
+    assert [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 0.5},
+        {"step": 2, "val": {"map@r": None, "recall@1": 0.5}},
+    ]

@@ -11,6 +11,7 @@ A loss is the mean over the steps since the row before.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,11 +51,14 @@ class History:
         fresh.replace(path)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row; it is in the file when this returns.
+        """Append a row; it is in the file when this returns. Infinite numbers and NaN, not being JSON, become null.
 
         Raises:
             InputError: the disk is full, or cannot be written to.
         """
+        row = {
+            k: _finite(v) if not isinstance(v, dict) else {n: _finite(x) for n, x in v.items()} for k, v in row.items()
+        }
         self.rows.append(row)
         if self.path is None:
             return
@@ -63,6 +67,10 @@ class History:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise InputError(f"could not write {self.path}: {error}; make room and go on with resume=last") from error
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:

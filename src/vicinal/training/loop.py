@@ -146,7 +146,7 @@ def fit(
         until=-1 if start_from is None else state.step,
     )
     model = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
-    stepper = accelerator.prepare(optimizer)
+    scaler: torch.amp.GradScaler | None = accelerator.scaler
     trained = [p for p in objective.parameters() if p.requires_grad]
     checkpoint_every = checkpoint_every or (steps if evaluate is None else evaluate_every)
     bar = ProgressBar(steps, state.step, shown=progress and accelerator.is_main_process)
@@ -162,18 +162,24 @@ def fit(
                 images = 0
                 for part in range(accumulate):
                     batch = _to(_next(stream, state.step), device)
-                    _seed_everything(state.seed, state.step, part, accelerator.process_index)
+                    _seed_everything(device, state.seed, state.step, part, accelerator.process_index)
                     with _joined_later(accelerator, model, part < accumulate - 1):
                         with accelerator.autocast():
                             parts = model(batch)
                         accelerator.backward(parts["loss"] / accumulate)
                     meter.add({k: v for k, v in parts.items() if k != "embeddings"}, weight=1 / accumulate)
                     images += len(batch["image"])
-                norm = accelerator.clip_grad_norm_(trained, math.inf if clip is None else clip)
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
+                norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
                 lr = optimizer.param_groups[0]["lr"]
-                stepper.step()
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    scaler.step(optimizer)
+                    scaler.update()
                 scheduler.step()
-                stepper.zero_grad()
+                optimizer.zero_grad()
                 if run.average is not None:
                     run.average.update()
                 meter.add({"grad_norm": norm})
@@ -186,7 +192,7 @@ def fit(
                 evaluates = evaluate is not None and (last or state.step % evaluate_every == 0)
                 saves = last or state.step % checkpoint_every == 0
                 if logs or evaluates or saves:  # the only steps that wait for the device
-                    run.check_finite(precision)
+                    run.check_finite()
                 if logs:
                     bar.show(run.log(lr))
                     run.warn_of_collapse(parts, batch)
@@ -289,9 +295,10 @@ class _Run:
             self.warned = True
             logger.warning("step %d: the model may have collapsed: %s; lower lr or the margin", self.state.step, wrong)
 
-    def check_finite(self, precision: str) -> None:
-        # Under fp16 the scaler skips a step whose gradient overflowed: that is its work, not a fault.
-        broken = [name for name in self.meter.broken() if not (name == "grad_norm" and precision == "fp16")]
+    def check_finite(self) -> None:
+        # A loss scaler skips a step whose gradient overflowed: that is its work, not a fault.
+        scaled = self.accelerator.scaler is not None
+        broken = [name for name in self.meter.broken() if not (scaled and name == "grad_norm")]
         if not broken:
             return
         last = None if self.checkpoints is None else self.checkpoints.last()
@@ -446,12 +453,15 @@ def _start_from(resume: str | Path | None, checkpoints: Checkpoints | None) -> P
     return last
 
 
-def _seed_everything(seed: int, step: int, part: int, process: int) -> None:
+def _seed_everything(device: torch.device, seed: int, step: int, part: int, process: int) -> None:
     """What the network draws depends on the run, the step and the process, and on nothing that came before."""
     number = np.random.SeedSequence([seed % 2**64, step, part, process]).generate_state(1, np.uint32).item()
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002  (the global one: an objective of the user's may draw from it)
-    torch.manual_seed(number)
+    # Not torch.manual_seed, which takes half a millisecond to tell every kind of device there could be.
+    torch.default_generator.manual_seed(number)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def _next(stream: Iterator[Batch], step: int) -> Batch:
