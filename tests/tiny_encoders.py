@@ -46,6 +46,9 @@ class Codes:
         rows = [[ord(letter) % 60 + 1 for letter in text[:11]] + [63] for text in texts]
         return torch.tensor([row + [63] * (12 - len(row)) for row in rows])
 
+    def lengths(self, texts: list[str]) -> list[int]:
+        return [len(text) + 1 for text in texts]
+
 
 def transformers(folder: Path) -> Encoder:
     """CLIP of transformers: q, k, v and out apart; 3 blocks an image, 2 a text."""

@@ -184,7 +184,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             raise InputError(f"lora.targets is one word; give a list: [{self.targets}]")
-        object.__setattr__(self, "targets", tuple(self.targets))  # from YAML or JSON it comes as a list
+        object.__setattr__(self, "targets", tuple(self.targets))  # a list is welcome, and would not be hashable
         if self.rank < 1:
             raise InputError(f"lora.rank is {self.rank}; give at least 1")
         if not 0 <= self.dropout < 1:
@@ -287,7 +287,8 @@ def adapters_from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Method, .
             if key not in fields:
                 raise InputError(f"{name} has no setting {key!r}{_nearest(key, fields)}; it has {_list(fields)}")
         try:
-            methods.append(ADAPTERS[name](**(settings or {})))
+            given = {key: tuple(value) if isinstance(value, list) else value for key, value in (settings or {}).items()}
+            methods.append(ADAPTERS[name](**given))
         except TypeError as error:
             raise InputError(f"{name}: {error}") from error
     return tuple(methods)
