@@ -1,10 +1,12 @@
 """Decoding: a file of pixels becomes an upright RGB tensor of bytes, cut to its box.
 
-A JPEG may be decoded at n/8 of its size (its cosine transform is cut short, which costs less than decoding it whole),
-as long as what remains is at least `OVERSAMPLING` times as large as the caller needs. At twice the size the embedding of
-the image that is then resized keeps a cosine of 0.9998 and more to the full decode; at once the size it does not.
+A JPEG may be decoded at a half, a quarter or an eighth of its size (its cosine transform is cut short, which costs less
+than decoding it whole), as long as what remains is at least `OVERSAMPLING` times as large as the caller needs. After
+the resize that follows, such an image differs from the full decode by as little as rounding to bytes does (0.4 of 255
+levels), *provided* that its edges are kept exact: 1199 pixels halved are 599.5, not 600, and the half pixel that this
+shifts the far edge by costs ten times as much cosine. So `decode` returns the exact edges with the pixels.
 
-Letters: H, W height and width in pixels, after the rotation that EXIF asks for.
+Letters: H, W height and width in pixels, after the rotation that EXIF asks for; h, w those of the pixels in memory.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
 
 from vicinal.types import InputError
 
-__all__ = ["MAX_PIXELS", "OVERSAMPLING", "image_size", "pixel_box", "read_image"]
+__all__ = ["MAX_PIXELS", "OVERSAMPLING", "Cutout", "decode", "image_size", "pixel_box", "read_image"]
 
 MAX_PIXELS: Final = 178_956_970
 """Larger images are refused before they are decoded. The number at which Pillow refuses, too: 0.5 GB of RGB bytes."""
@@ -33,8 +38,106 @@ MAX_PIXELS: Final = 178_956_970
 OVERSAMPLING: Final = 2
 """How many times larger than needed a JPEG stays when it is decoded at a fraction of its size."""
 
-_SIDEWAYS: Final = frozenset({5, 6, 7, 8})  # the EXIF orientations that exchange height and width
+# The EXIF orientations (1 is upright) that exchange height and width, and those that mirror left and right, or top and
+# bottom, once that is done. EXIF 2.32, section 4.6.5.
+_SIDEWAYS: Final = frozenset({5, 6, 7, 8})
+_MIRRORED_X: Final = frozenset({2, 3, 6, 7})
+_MIRRORED_Y: Final = frozenset({3, 4, 7, 8})
 _EXIF_ORIENTATION: Final = 0x0112
+_MODES: Final = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+class Cutout(NamedTuple):
+    """An image or the box of one, perhaps decoded smaller than the file says.
+
+    Args:
+        pixels: what is in memory. It may reach up to a pixel beyond the edges.
+        size: H, W of the cut-out in the file.
+        edges: left, top, right, bottom of the cut-out in `pixels`; they fall between pixels where it was scaled.
+    """
+
+    pixels: UInt8[Tensor, "3 h w"]
+    size: tuple[int, int]
+    edges: tuple[float, float, float, float]
+
+    @classmethod
+    def whole(cls, pixels: UInt8[Tensor, "3 H W"]) -> Cutout:
+        """All of an image.
+
+        >>> Cutout.whole(torch.zeros(3, 4, 5, dtype=torch.uint8)).edges
+        (0.0, 0.0, 5.0, 4.0)
+        """
+        height, width = pixels.shape[1:]
+        return cls(pixels, (height, width), (0.0, 0.0, float(width), float(height)))
+
+    def resized(self, size: tuple[int, int], interpolation: Literal["bilinear", "bicubic"]) -> UInt8[Tensor, "3 a b"]:
+        """The cut-out in another size, from its exact edges; antialiased.
+
+        Args:
+            size: height and width of the result.
+            interpolation: "bilinear" or "bicubic".
+        """
+        left, top, right, bottom = self.edges
+        height, width = self.pixels.shape[1:]
+        if self.edges == (0, 0, width, height):
+            if size == (height, width):
+                return self.pixels
+            full: Tensor = tv.resize_image(self.pixels, list(size), _MODES[interpolation], antialias=True)
+            return full
+        if left == top == 0 and bottom >= size[0] and right >= size[1]:
+            # Only the far edges are fractions: the resize takes the ratio of the lengths instead of that of the pixels.
+            strided = self.pixels.as_strided((1, 3, height, width), (self.pixels.numel(), *self.pixels.stride()))
+            ratio = (size[0] / bottom, size[1] / right)
+            out = F.interpolate(
+                strided, scale_factor=ratio, mode=interpolation, antialias=True, recompute_scale_factor=False
+            )
+            return out[0, :, : size[0], : size[1]]
+        array = self.pixels.permute(1, 2, 0).numpy()
+        mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
+        resized = Image.fromarray(array).resize((size[1], size[0]), mode, box=self.edges)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+    def rounded(self) -> UInt8[Tensor, "3 a b"]:
+        """The pixels between the edges, these rounded to whole pixels: a view up to half a pixel off, at no cost."""
+        left, top, right, bottom = (round(edge) for edge in self.edges)
+        return self.pixels[:, top:bottom, left:right]
+
+
+def decode(
+    path: str | Path,
+    *,
+    box: Sequence[float] | None = None,
+    padding: float = 0.0,
+    at_least: tuple[int, int] | None = None,
+) -> Cutout:
+    """Decode an image file: upright, cut to its box, RGB, perhaps at a fraction of its size.
+
+    Transparent pixels are laid over white; palettes, grey, 1-bit, 16-bit grey and CMYK become 8-bit RGB; of an
+    animation the first frame is taken. Colour profiles are ignored, as the pipelines of the pretrained models do.
+    The tensor is channels-last in memory (what the decoder wrote, not copied), the form that resizing is fastest on.
+
+    Args:
+        path: of a JPEG, PNG, WebP, GIF, BMP, TIFF or another file that Pillow reads.
+        box: x0, y0, x1, y1 in pixels of the upright image; None for the whole of it. See `pixel_box` for fractions.
+        padding: how much the box is widened on every side, as a share of its longer side. It ends where the image does.
+        at_least: height and width that the caller will resize to. The pixels may then be fewer than the file has,
+            but not fewer than twice this on either side. None: every pixel.
+
+    Raises:
+        InputError: the file is missing, is no image, is cut short, has more than `MAX_PIXELS` pixels, or does not hold
+            the box. The message names the file.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("RGB", (1000, 801)).save(f"{folder}/photo.jpg")
+    ...     photo = decode(f"{folder}/photo.jpg", at_least=(100, 100))
+    >>> photo.size, tuple(photo.pixels.shape), photo.edges
+    ((801, 1000), (3, 201, 250), (0.0, 0.0, 250.0, 200.25))
+    """
+    data = _bytes_of(path)
+    jpeg = _jpeg_header(data)
+    found = None if jpeg is None else _decode_jpeg(data, jpeg, path, box, padding, at_least)
+    return found or _decode_pillow(data, path, box, padding)
 
 
 def read_image(
@@ -44,23 +147,9 @@ def read_image(
     padding: float = 0.0,
     at_least: tuple[int, int] | None = None,
 ) -> UInt8[Tensor, "3 H W"]:
-    """Decode an image file: upright, cut to its box, RGB.
+    """The pixels of an image file: upright, cut to its box, RGB. Arguments and errors are those of `decode`.
 
-    Transparent pixels are laid over white; palettes, grey, 1-bit, 16-bit grey and CMYK become 8-bit RGB; of an
-    animation the first frame is taken. Colour profiles are ignored, as the pipelines of the pretrained models do.
-    The tensor is channels-last in memory (what the decoder wrote, not copied), the form that resizing is fastest on.
-
-    Args:
-        path: of a JPEG, PNG, WebP, GIF, BMP, TIFF or another file that Pillow reads.
-        box: x0, y0, x1, y1 in pixels of the upright image; None for the whole of it. Fractions are rounded outwards
-            to whole pixels only after padding, see `pixel_box`.
-        padding: how much the box is widened on every side, as a share of its longer side. It ends where the image does.
-        at_least: height and width that the caller will resize to. The result may then be smaller than the file says,
-            but not below twice this (nor larger than the file). None: every pixel.
-
-    Raises:
-        InputError: the file is missing, is no image, is cut short, has more than `MAX_PIXELS` pixels, or does not hold
-            the box. The message names the file.
+    Where `at_least` led to a smaller decode whose edges fall between pixels, it is resampled to whole ones.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -68,13 +157,9 @@ def read_image(
     ...     read_image(f"{folder}/grey.png", box=(10, 0, 20, 30)).shape
     torch.Size([3, 30, 10])
     """
-    data = _bytes_of(path)
-    jpeg = _jpeg_header(data)
-    if jpeg is not None:
-        pixels = _read_jpeg(data, jpeg, path, box, padding, at_least)
-        if pixels is not None:
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-    return torch.from_numpy(_read_pillow(data, path, box, padding)).permute(2, 0, 1)
+    cutout = decode(path, box=box, padding=padding, at_least=at_least)
+    left, top, right, bottom = cutout.edges
+    return cutout.resized((max(round(bottom - top), 1), max(round(right - left), 1)), "bicubic")
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -160,7 +245,7 @@ def _bytes_of(path: str | Path) -> bytes:
 def _unreadable(path: str | Path, data: bytes, error: Exception) -> InputError:
     if not data:
         reason = "the file is empty"
-    elif isinstance(error, Image.UnidentifiedImageError):
+    elif isinstance(error, UnidentifiedImageError):
         reason = "this is no image in a format that can be read (HEIC, AVIF or SVG: convert it to JPEG or PNG)"
     else:
         reason = f"the image cannot be decoded: {error}"
@@ -228,95 +313,82 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _read_jpeg(
+def _decode_jpeg(
     data: bytes,
     jpeg: _Jpeg,
     path: str | Path,
     box: Sequence[float] | None,
     padding: float,
     at_least: tuple[int, int] | None,
-) -> UInt8[np.ndarray, "H W 3"] | None:
+) -> Cutout | None:
     """The fast path. None where the decoder meets something odd: Pillow is then asked, and words the error."""
     if jpeg.components not in (1, 3):
         return None
-    height, width = jpeg.height, jpeg.width
-    _refuse_bomb(path, height, width)
+    _refuse_bomb(path, jpeg.height, jpeg.width)
     sideways = jpeg.orientation in _SIDEWAYS
-    upright = (width, height) if sideways else (height, width)
-    crop = None if box is None else pixel_box(box, upright, padding=padding, name=path)
-    least = (0, 0)
-    if at_least is not None:
-        left, top, right, bottom = crop or (0, 0, upright[1], upright[0])
-        # What the whole image must measure, so that the cut-out measures OVERSAMPLING x at_least.
-        least = (
-            math.ceil(OVERSAMPLING * at_least[0] * upright[0] / (bottom - top)),
-            math.ceil(OVERSAMPLING * at_least[1] * upright[1] / (right - left)),
-        )
-        least = (least[1], least[0]) if sideways else least
-        if least[0] > height or least[1] > width:  # libjpeg then picks the nearest it has; we want every pixel
-            least = (0, 0)
+    upright = (jpeg.width, jpeg.height) if sideways else (jpeg.height, jpeg.width)
+    crop = (0, 0, upright[1], upright[0]) if box is None else pixel_box(box, upright, padding=padding, name=path)
+    left, top, right, bottom = crop
+    size = (bottom - top, right - left)
+    part = 8 if at_least is None else _eighths(size, at_least)
+    # The decoder takes the smallest fraction that measures this; without a fraction, nothing is asked for.
+    least = (0, 0) if part == 8 else (-(-jpeg.height * part // 8), -(-jpeg.width * part // 8))
     try:
         decoded = simplejpeg.decode_jpeg(data, "RGB", min_height=least[0], min_width=least[1])
     except ValueError:
         return None
     pixels = _upright(decoded, jpeg.orientation)
-    if crop is None:
-        return pixels
-    if pixels.shape[:2] == upright:
-        left, top, right, bottom = crop
-        return pixels[top:bottom, left:right]
-    return _cut(pixels, crop, upright)
+    # The decoder rounds up to whole pixels at the far edges as they are stored. Mirrored, those are near edges.
+    spare_y, spare_x = (have - full * part / 8 for have, full in zip(pixels.shape, upright, strict=False))
+    x = part / 8, spare_x if jpeg.orientation in _MIRRORED_X else 0.0
+    y = part / 8, spare_y if jpeg.orientation in _MIRRORED_Y else 0.0
+    edges = (left * x[0] + x[1], top * y[0] + y[1], right * x[0] + x[1], bottom * y[0] + y[1])
+    return _trimmed(pixels, size, edges)
 
 
-def _cut(
-    pixels: UInt8[np.ndarray, "h w 3"], crop: tuple[int, int, int, int], size: tuple[int, int]
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Cut a box, given in pixels of the full image, out of one that was decoded smaller.
+def _eighths(size: tuple[int, int], at_least: tuple[int, int]) -> int:
+    """The fewest of 1, 2, 4, 8 eighths that keep `size` OVERSAMPLING times `at_least`; others decode slower."""
+    share = max(OVERSAMPLING * need / have for need, have in zip(at_least, size, strict=True))
+    return next((part for part in (1, 2, 4) if part / 8 >= share), 8)
 
-    The edges then fall between pixels. Rounding them would shift the view by up to half a pixel, so the cut-out is
-    resampled from the exact edges.
-    """
-    down, across = pixels.shape[0] / size[0], pixels.shape[1] / size[1]
-    left, top, right, bottom = crop
-    edges = (left * across, top * down, right * across, bottom * down)
-    if all(edge == int(edge) for edge in edges):
-        left, top, right, bottom = (int(edge) for edge in edges)
-        return pixels[top:bottom, left:right]
-    shape = (math.ceil(edges[2] - edges[0]), math.ceil(edges[3] - edges[1]))
-    return np.array(Image.fromarray(pixels).resize(shape, Image.Resampling.BICUBIC, box=edges))
+
+def _trimmed(
+    pixels: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], edges: tuple[float, float, float, float]
+) -> Cutout:
+    """Without the pixels that lie wholly outside the edges (they are freed: a box may be small in a large photo)."""
+    left, top, right, bottom = edges
+    x, y = math.floor(left), math.floor(top)
+    pixels = np.ascontiguousarray(pixels[y : math.ceil(bottom), x : math.ceil(right)])
+    return Cutout(torch.from_numpy(pixels).permute(2, 0, 1), size, (left - x, top - y, right - x, bottom - y))
 
 
 def _upright(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "H W 3"]:
-    if orientation == 1:
-        return pixels
     if orientation in _SIDEWAYS:
         pixels = pixels.transpose(1, 0, 2)
-    # The mirrorings left to do once 5 to 8 are transposed: EXIF 2.32, section 4.6.5.
-    if orientation in (2, 3, 6, 7):
+    if orientation in _MIRRORED_X:
         pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
+    if orientation in _MIRRORED_Y:
         pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
+    return pixels
 
 
-def _read_pillow(
-    data: bytes, path: str | Path, box: Sequence[float] | None, padding: float
-) -> UInt8[np.ndarray, "H W 3"]:
+def _decode_pillow(data: bytes, path: str | Path, box: Sequence[float] | None, padding: float) -> Cutout:
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of MAX_PIXELS and refuses at MAX_PIXELS; one limit is enough.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        _refuse_bomb(path, image.height, image.width)
-        image = ImageOps.exif_transpose(image)
+            opened = Image.open(io.BytesIO(data))
+        _refuse_bomb(path, opened.height, opened.width)
+        image = ImageOps.exif_transpose(opened)
         crop = None if box is None else pixel_box(box, (image.height, image.width), padding=padding, name=path)
-        return np.array(_rgb(image if crop is None else image.crop(crop)))
+        pixels = np.array(_rgb(image if crop is None else image.crop(crop)))
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: {error}; make it smaller, drop its row, or set on_error=skip") from error
     except Exception as error:  # on a broken file Pillow raises what its parsers happen to meet
         raise _unreadable(path, data, error) from error
+    return Cutout.whole(torch.from_numpy(pixels).permute(2, 0, 1))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

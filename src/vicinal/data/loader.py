@@ -1,7 +1,7 @@
 """Manifest -> batches, in worker processes, the same whatever their number.
 
-Batch t of training is a pure function of (seed, t): t = epoch L + position, the sampler says which rows that is, and the
-augmentation of a row is drawn from a generator seeded by (seed, epoch, row, n), n being how often the row has come
+Batch t of training is a pure function of (seed, t): t = epoch L + position, the sampler says which rows that is, and
+the augmentation of a row is drawn from a generator seeded by (seed, epoch, row, n), n being how often the row has come
 before in this epoch. So training restarts at any step exactly, without making the batches before it, and neither the
 number of workers nor the random numbers drawn elsewhere (dropout) change what is seen.
 
@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vicinal.data.images import decode
 from vicinal.data.manifest import Manifest
-from vicinal.data.samplers import Sampler, _occurrence
+from vicinal.data.samplers import Sampler, occurrence
+from vicinal.data.transforms import EvalTransform, TrainTransform
 from vicinal.types import Batch, InputError
 
 __all__ = ["EvalBatches", "TrainBatches", "default_workers", "eval_batches", "train_batches"]
@@ -40,10 +42,8 @@ def default_workers() -> int:
     >>> 1 <= default_workers() <= 8
     True
     """
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows; where it is, it knows the container's limit
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    # Not there on macOS and Windows; where it is, it knows which cores this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(max(cores - 1, 1), _MOST_WORKERS)
 
 
@@ -60,7 +60,7 @@ class _Made(NamedTuple):
 
 
 class _Maker(Dataset[_Made]):
-    """Rows to a batch of images: what runs in the workers. Errors of the input come back as words, not as tracebacks."""
+    """Rows to a batch of images: what runs in the workers. Errors of the input come back as words, not as traces."""
 
     def __init__(
         self,
@@ -73,8 +73,20 @@ class _Maker(Dataset[_Made]):
         self.transform = transform
         self.on_error = on_error
         self.spares = spares
-        # Plain functions are transforms, too; they then get every pixel.
-        self.at_least: tuple[int, int] | None = getattr(transform, "at_least", None)
+        self.boxes = manifest.column("box") if "box" in manifest.names() else None
+
+    def view(self, row: int, seed: int | None) -> Float[Tensor, "3 h w"]:
+        """One image through the transform, drawn from `seed`."""
+        if isinstance(self.transform, EvalTransform | TrainTransform):
+            path, box = self.manifest.path(row), self.boxes[row] if self.boxes else None
+            cutout = decode(path, box=box, padding=self.manifest.padding, at_least=self.transform.at_least)
+            if seed is not None:
+                torch.default_generator.manual_seed(seed)
+            return self.transform.view(cutout)
+        image = self.manifest.image(row)  # a function of the user's own gets every pixel
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        return self.transform(image)
 
     def __getitem__(self, items: Sequence[_Item]) -> _Made:
         images: Tensor | None = None
@@ -85,17 +97,15 @@ class _Maker(Dataset[_Made]):
                 candidates = [item.row] if self.spares is None else self.spares.after(item.row)
                 for row in candidates:
                     try:
-                        image = self.manifest.image(row, at_least=self.at_least)
+                        view = self.view(row, item.seed)
                     except InputError as error:
                         if self.on_error == "raise":
                             return _Made(None, [], [], str(error))
                         skipped.append((row, str(error)))
                         continue
-                    if item.seed is not None:
-                        torch.default_generator.manual_seed(item.seed)
-                    view = self.transform(image)
-                    if images is None:
-                        images = view.new_empty((len(items), *view.shape))
+                    if images is None:  # channels-last, see transforms.py
+                        shape = (len(items), *view.shape)
+                        images = torch.empty(shape, dtype=view.dtype, memory_format=torch.channels_last)
                     images[len(rows)] = view
                     rows.append(row)
                     break
@@ -128,8 +138,10 @@ class _Columns:
         self.texts = manifest.column("text") if "text" in names else None
         self.groups: Tensor | None = None
         if "group" in names:
-            _, numbers = np.unique(np.array([str(group) for group in manifest.column("group")]), return_inverse=True)
-            self.groups = torch.from_numpy(numbers.astype(np.int64))
+            numbers: dict[object, int] = {}
+            # A row of no group is a group of its own: else all of them would count as one.
+            groups = [("row", row) if group is None else group for row, group in enumerate(manifest.column("group"))]
+            self.groups = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
     def batch(self, images: Tensor, rows: list[int]) -> Batch:
         index = torch.tensor(rows, dtype=torch.int64)
@@ -160,7 +172,7 @@ def _loader(maker: _Maker, batches: Iterable[list[_Item]], workers: int, pin_mem
         return iter(loader)
 
 
-def _as_is(made: _Made) -> _Made:
+def _as_is(made: Any) -> Any:  # noqa: ANN401  (torch's type for it is a list, which one batch is not)
     return made
 
 
@@ -246,7 +258,7 @@ class _Steps:
         epoch, position = divmod(self.start_step, length)
         while True:
             batches = self.sampler.epoch(epoch)
-            times = _occurrence(np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])).tolist()
+            times = occurrence(np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])).tolist()
             at = sum(len(batch) for batch in batches[:position])
             for batch in batches[position:]:
                 low, high = (len(batch) * part // self.world_size for part in (self.rank, self.rank + 1))
@@ -273,11 +285,7 @@ def _mixed(*values: int) -> int:
 
 
 class TrainBatches(Iterator[Batch]):
-    """What `train_batches` returns: an iterator without end.
-
-    Attributes:
-        skipped: id and reason of each image that could not be read so far, once each.
-    """
+    """What `train_batches` returns: an iterator without end."""
 
     def __init__(self, made: Iterator[_Made], manifest: Manifest) -> None:
         self._made = made
@@ -287,6 +295,7 @@ class TrainBatches(Iterator[Batch]):
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
+        """Id and reason of each image that could not be read so far, once each."""
         return [(self._ids[row], reason) for row, reason in sorted(self._skipped.items())]
 
     def __next__(self) -> Batch:

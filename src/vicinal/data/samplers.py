@@ -15,13 +15,12 @@ from collections import deque
 from typing import Protocol
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vicinal.types import InputError
 
-__all__ = ["PKSampler", "Sampler", "ShuffleSampler"]
+__all__ = ["PKSampler", "Sampler", "ShuffleSampler", "occurrence"]
 
 
 class Sampler(Protocol):
@@ -85,7 +84,6 @@ class PKSampler:
         seed: of the draws.
 
     Attributes:
-        batch_size: P K.
         repeated: how many classes have fewer than K images, so that some come twice in a group.
         singles: how many of them have one image: K views of the same, no positive pair that teaches anything but
             invariance to the augmentation.
@@ -93,6 +91,7 @@ class PKSampler:
     Raises:
         InputError: there are fewer than P classes.
 
+    >>> import torch
     >>> sampler = PKSampler(torch.tensor([0, 0, 1, 1, 2, 2]), classes=3, images_per_class=2, seed=0)
     >>> len(sampler), sorted(sampler.epoch(0)[0])
     (1, [0, 1, 2, 3, 4, 5])
@@ -118,11 +117,12 @@ class PKSampler:
         self._counts = counts
         self._starts = counts.cumsum() - counts
         natural = np.maximum(1.0, counts / images_per_class)
-        self._batches = max(1, round(natural.sum() / classes))
+        self._batches = max(1, round(float(natural.sum()) / classes))
         self._quota = _fill(natural, limit=self._batches, total=classes * self._batches)
 
     @property
     def batch_size(self) -> int:
+        """P K."""
         return self.classes * self.images_per_class
 
     def __len__(self) -> int:
@@ -140,14 +140,14 @@ class PKSampler:
         # Systematic sampling: q_c is rounded up or down at random, and the sum stays exactly P L.
         order = by_class.argsort(kind="stable")
         edges = np.floor(self._quota[order].cumsum() + offset)
-        edges[-1] = self.classes * self._batches + np.floor(offset[0])  # the sum, free of rounding errors
+        edges[-1] = self.classes * self._batches  # the sum, free of rounding errors
         groups = np.empty(per_class, dtype=np.int64)
         groups[order] = np.diff(edges, prepend=0.0).astype(np.int64)
         tokens = np.repeat(np.arange(per_class), groups)[by_group.argsort(kind="stable")]
         plan = np.array(_deal(tokens.tolist(), groups.tolist(), self._batches, self.classes))
         # The j-th group of a class takes its rows j K … j K + K - 1, counted round and round.
         flat = plan.reshape(-1)
-        nth = _occurrence(flat)
+        nth = occurrence(flat)
         within = nth[:, None] * self.images_per_class + np.arange(self.images_per_class)
         taken = shuffled[self._starts[flat][:, None] + within % self._counts[flat][:, None]]
         batches: list[list[int]] = taken.reshape(self._batches, self.batch_size).tolist()
@@ -156,7 +156,8 @@ class PKSampler:
 
 def _random(seed: int, epoch: int, count: int) -> Float[np.ndarray, "count"]:
     """Numbers in [0, 1), a function of seed and epoch (hashed together, so that (1, 2) and (2, 1) differ)."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).random(count)
+    draws: np.ndarray = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).random(count)
+    return draws
 
 
 def _fill(natural: Float[np.ndarray, "C"], *, limit: int, total: int) -> Float[np.ndarray, "C"]:
@@ -167,7 +168,8 @@ def _fill(natural: Float[np.ndarray, "C"], *, limit: int, total: int) -> Float[n
     for k in range(len(natural)):
         scale = (total - k * limit) / rest[k]
         if scale * descending[k] <= limit:
-            return np.minimum(limit, scale * natural)
+            filled: np.ndarray = np.minimum(limit, scale * natural)
+            return filled
     return np.full_like(natural, float(limit))
 
 
@@ -212,16 +214,16 @@ def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -
     return plan
 
 
-def _occurrence(values: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+def occurrence(values: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
     """How many equal values stand before each one.
 
-    >>> _occurrence(np.array([7, 3, 7, 7, 3])).tolist()
+    >>> occurrence(np.array([7, 3, 7, 7, 3])).tolist()
     [0, 0, 1, 2, 1]
     """
     order = values.argsort(kind="stable")
     ordered = values[order]
     first = np.r_[True, ordered[1:] != ordered[:-1]]
     run_start = np.maximum.accumulate(np.where(first, np.arange(len(values)), 0))
-    result = np.empty(len(values), dtype=np.int64)
+    result: np.ndarray = np.empty(len(values), dtype=np.int64)
     result[order] = np.arange(len(values)) - run_start
     return result
