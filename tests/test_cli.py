@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures import write_folder
+from pictures import write_csv, write_folder
 
 from vicinal import cli
 
@@ -51,8 +51,13 @@ def test_from_a_folder_to_a_page(
     assert str(out / "report.html") in printed
     assert vicinal(monkeypatch, "report", out) == 0
     metrics = tmp_path / "metrics.json"
-    words = ("eval", out, "--catalog", photos, "--queries", photos, "--k", 1, 3, "--device", "cpu", "--json", metrics)
-    assert vicinal(monkeypatch, *words) == 0
+    rows = write_csv(photos, photos / "all.csv").read_text().splitlines()
+    for name, part in (("a.csv", rows[1::2]), ("b.csv", rows[2::2])):
+        (photos / name).write_text("\n".join([rows[0], *part]))
+    sides = ("--catalog", photos / "a.csv", "--queries", photos / "b.csv")
+    assert vicinal(monkeypatch, "eval", out, *sides, "--k", 1, 3, "--device", "cpu", "--json", metrics) == 0
+    assert vicinal(monkeypatch, "eval", out, "--catalog", photos, "--queries", photos) == 2
+    assert "60 queries stand in the gallery too" in capsys.readouterr().err
     assert {"accuracy@1shot", "accuracy@3shot"} <= set(json.loads(metrics.read_text()))
     vectors = tmp_path / "vectors.safetensors"
     assert vicinal(monkeypatch, "embed", out, photos, "--out", vectors, "--device", "cpu") == 0
