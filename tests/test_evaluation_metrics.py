@@ -1,0 +1,345 @@
+"""Metrics and neighbours against nested loops, with ties, k beyond the gallery, and queries that nothing matches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from vicinal.evaluation import metrics
+from vicinal.evaluation.metrics import map_at_r, r_precision, recall_at_k, retrieval_values, topk
+
+# ---- references: one query, Python floats
+
+
+def ranked(scores: list[float]) -> list[int]:
+    """Positions from the best to the worst; of equal ones the first first."""
+    return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+
+
+def loop_recall(scores, relevant, k):
+    if not any(relevant):
+        return math.nan
+    return float(any(relevant[i] for i in ranked(scores)[:k]))
+
+
+def loop_map_at_r(scores, relevant):
+    R, hits, total = sum(relevant), 0, 0.0
+    for place, i in enumerate(ranked(scores)[:R], start=1):
+        if relevant[i]:
+            hits += 1
+            total += hits / place
+    return total / R if R else math.nan
+
+
+def loop_r_precision(scores, relevant):
+    R = sum(relevant)
+    return sum(relevant[i] for i in ranked(scores)[:R]) / R if R else math.nan
+
+
+METRICS = {
+    "recall@1": (lambda s, r: recall_at_k(s, r, 1), lambda s, r: loop_recall(s, r, 1)),
+    "recall@3": (lambda s, r: recall_at_k(s, r, 3), lambda s, r: loop_recall(s, r, 3)),
+    "recall@1000": (lambda s, r: recall_at_k(s, r, 1000), lambda s, r: loop_recall(s, r, 1000)),
+    "map@r": (map_at_r, loop_map_at_r),
+    "r_precision": (r_precision, loop_r_precision),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_every_metric_equals_the_loop(name, data):
+    q, G = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    steps = data.draw(st.sampled_from([2, 5, 1000]))  # few steps: many ties
+    scores = [[data.draw(st.integers(-steps, steps)) / steps for _ in range(G)] for _ in range(q)]
+    relevant = [[data.draw(st.booleans()) for _ in range(G)] for _ in range(q)]
+    fast, loop = METRICS[name]
+    found = fast(torch.tensor(scores), torch.tensor(relevant))
+    expected = torch.tensor([loop(s, r) for s, r in zip(scores, relevant, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_the_table_of_metrics_is_whole():
+    assert len(METRICS) == 5
+
+
+def test_toy_of_the_specification():
+    scores, relevant = torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.tensor([[True, False, True, False]])
+    assert map_at_r(scores, relevant).tolist() == [0.5]
+    assert r_precision(scores, relevant).tolist() == [0.5]
+    assert recall_at_k(scores, relevant, 1).tolist() == [1.0]
+
+
+def test_misses_before_the_hit_lower_map_but_not_r_precision():
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.6]])
+    late = torch.tensor([[False, True, True, True]])
+    assert map_at_r(scores, late).item() == pytest.approx((1 / 2 + 2 / 3) / 3)
+    assert r_precision(scores, late).item() == pytest.approx(2 / 3)
+
+
+def test_a_masked_column_is_never_found():
+    scores = torch.tensor([[-torch.inf, 0.1, 0.2]])
+    relevant = torch.tensor([[False, True, False]])
+    assert recall_at_k(scores, relevant, 1).item() == 0
+    assert recall_at_k(scores, relevant, 2).item() == 1
+
+
+def test_equal_scores_are_ranked_in_the_order_of_the_gallery():
+    scores = torch.zeros(1, 100)
+    first, last = torch.zeros(1, 100, dtype=torch.bool), torch.zeros(1, 100, dtype=torch.bool)
+    first[0, 0], last[0, 99] = True, True
+    assert recall_at_k(scores, first, 1).item() == 1
+    assert recall_at_k(scores, last, 99).item() == 0
+
+
+def test_nan_and_bad_k_are_refused():
+    relevant = torch.tensor([[True, False]])
+    for metric in (map_at_r, r_precision, lambda s, r: recall_at_k(s, r, 1)):
+        with pytest.raises(ValueError, match="NaN"):
+            metric(torch.tensor([[0.5, torch.nan]]), relevant)
+    with pytest.raises(ValueError, match="k >= 1"):
+        recall_at_k(torch.tensor([[0.5, 0.1]]), relevant, 0)
+
+
+# ---- neighbours
+
+
+@pytest.fixture(params=["bf16", "fp32", "all"])
+def way(request, monkeypatch):
+    """Each of the three ways to the same neighbours, whatever this processor would take."""
+    if request.param != "all":
+        monkeypatch.setattr(metrics, "PRUNE_FROM", 0)
+        monkeypatch.setattr(metrics, "TILE", 256)  # several tiles, the last one partial
+        monkeypatch.setattr(metrics, "_multiplies_bf16", lambda: request.param == "bf16")
+    return request.param
+
+
+def whole_numbers(rows: int, width: int, most: int, seed: int) -> torch.Tensor:
+    """Vectors whose inner products are exact in float32, but not in bfloat16, and often equal."""
+    return torch.randint(-most, most + 1, (rows, width), generator=torch.Generator().manual_seed(seed)).float()
+
+
+def exact_topk(queries, gallery, k, exclude=None):
+    scores = queries.double() @ gallery.double().T
+    if exclude is not None:
+        own = (exclude >= 0).nonzero().flatten()
+        scores[own, exclude[own]] = -torch.inf
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return scores.gather(1, order).float(), order
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "k"), [(4, 2, 1), (4, 2, 10), (8, 600, 10), (16, 300, 3), (3, 1000, 12), (1, 1, 5)]
+)
+def test_topk_is_exact_to_the_last_tie(way, width, most, k):
+    queries, gallery = whole_numbers(70, width, most, 1), whole_numbers(1500, width, most, 2)
+    scores, rows = topk(queries, gallery, k)
+    expected_scores, expected_rows = exact_topk(queries, gallery, k)
+    assert torch.equal(scores, expected_scores)
+    assert torch.equal(rows, expected_rows)
+
+
+def test_topk_leaves_out_what_it_is_told_to(way):
+    gallery = whole_numbers(1400, 6, 40, 3)
+    queries, exclude = gallery[100:200], torch.arange(100, 200)
+    exclude[::3] = -1
+    scores, rows = topk(queries, gallery, 9, exclude=exclude)
+    expected_scores, expected_rows = exact_topk(queries, gallery, 9, exclude)
+    assert torch.equal(rows, expected_rows)
+    assert torch.equal(scores, expected_scores)
+    assert not (rows[1::3] == exclude[1::3, None]).any()
+
+
+@pytest.mark.parametrize("offset", [0.0, 5.0, 100.0])
+def test_topk_of_unit_vectors_in_a_narrow_cone(way, offset):
+    """Cosines of 0.99 and more, that differ by less than bfloat16 can hold."""
+    x = torch.randn(1600, 32, generator=torch.Generator().manual_seed(0))
+    x[:, 0] += offset
+    x = torch.nn.functional.normalize(x, dim=1)
+    scores, rows = topk(x[:80], x, 8)
+    expected, _ = exact_topk(x[:80], x, 8)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=4e-7)
+    torch.testing.assert_close((x[:80, None].double() * x[rows]).sum(2).float(), expected, rtol=0, atol=4e-7)
+
+
+def test_topk_where_nearly_everything_is_equal(way):
+    """More items within the rounding error than are worth scoring again: such queries are compared with all."""
+    gallery = torch.ones(1500, 4)
+    gallery[700] = 2.0
+    gallery[900:905] = 3.0
+    scores, rows = topk(torch.ones(3, 4), gallery, 8)
+    assert rows.tolist() == [[900, 901, 902, 903, 904, 700, 0, 1]] * 3
+    assert scores[0].tolist() == [12.0] * 5 + [8.0] + [4.0] * 2
+    _, rows = topk(torch.ones(2, 4), gallery, 3, exclude=torch.tensor([901, -1]))
+    assert rows.tolist() == [[900, 902, 903], [900, 901, 902]]
+
+
+@pytest.mark.parametrize("way", ["bf16", "fp32"], indirect=True)  # a matrix product may sum columns in other orders
+def test_equal_vectors_have_equal_scores_wherever_they_stand(way):
+    x = torch.nn.functional.normalize(torch.randn(1500, 48, generator=torch.Generator().manual_seed(1)), dim=1)
+    x[[3, 256, 1023, 1499]] = x[777].clone()
+    scores, rows = topk(x[777:778], x, 5)
+    assert rows.tolist() == [[3, 256, 777, 1023, 1499]]
+    assert scores.unique().numel() == 1
+
+
+def test_the_block_does_not_matter(way):
+    x = torch.randn(1300, 24, generator=torch.Generator().manual_seed(2))
+    scores, rows = topk(x, x, 7)
+    for block in (1, 33, 1300):
+        again = topk(x[:200], x, 7, block=block)
+        assert torch.equal(again[1], rows[:200])
+        torch.testing.assert_close(again[0], scores[:200])
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, 50])
+def test_topk_of_a_gallery_that_is_smaller_than_k(k):
+    gallery = whole_numbers(5, 3, 5, 4)
+    scores, rows = topk(gallery, gallery, k, exclude=torch.arange(5))
+    assert rows.shape == scores.shape == (5, min(k, 5))
+    assert torch.equal(rows, exact_topk(gallery, gallery, k, torch.arange(5))[1])
+    if k >= 5:
+        assert torch.isinf(scores[:, -1]).all()
+
+
+def test_topk_of_nothing():
+    assert topk(torch.zeros(0, 3), torch.zeros(4, 3), 2)[1].shape == (0, 2)
+    assert topk(torch.zeros(2, 3), torch.zeros(0, 3), 2)[1].shape == (2, 0)
+
+
+def test_topk_refuses_what_has_no_rank():
+    with pytest.raises(ValueError, match="k >= 1"):
+        topk(torch.zeros(1, 3), torch.zeros(2, 3), 0)
+    for bad in (torch.nan, torch.inf):
+        for side in (0, 1):
+            both = [torch.zeros(2, 3), torch.zeros(2, 3)]
+            both[side][1, 2] = bad
+            with pytest.raises(ValueError, match="not finite"):
+                topk(*both, 1)
+
+
+def test_few_pairs_are_scored_again(monkeypatch):
+    """The cut is not only safe but tight: on plain data a handful of items a query passes it."""
+    monkeypatch.setattr(metrics, "PRUNE_FROM", 0)
+    seen = []
+    scored = metrics._inner_products
+
+    def counting(queries, gallery, row, column):
+        seen.append(len(row) / len(queries))
+        return scored(queries, gallery, row, column)
+
+    monkeypatch.setattr(metrics, "_inner_products", counting)
+    x = torch.nn.functional.normalize(torch.randn(5000, 64, generator=torch.Generator().manual_seed(3)), dim=1)
+    topk(x[:512], x, 10)
+    assert len(seen) == 1
+    assert seen[0] < 20
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest tensor that any operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            # A sparse tensor holds what its values hold, and they are counted where they are made.
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("size", [3000, 12000])  # all similarities; pruned
+def test_the_whole_matrix_is_never_held(size, monkeypatch):
+    monkeypatch.setattr(metrics, "BLOCK_BYTES", 2**22)
+    x = torch.nn.functional.normalize(torch.randn(size, 8, generator=torch.Generator().manual_seed(4)), dim=1)
+    y = torch.arange(size) // 4
+    with Largest() as largest:
+        retrieval_values(x[:2000], y[:2000], x, y, exclude=torch.arange(2000))
+    assert largest.bytes <= 2**23
+    assert largest.bytes < 2000 * size * 4 / 2
+
+
+# ---- embeddings to values
+
+
+def clustered(sizes: list[int], width: int, noise: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    centres = torch.nn.functional.normalize(torch.randn(len(sizes), width, generator=generator), dim=1)
+    spread = torch.nn.functional.normalize(torch.randn(len(labels), width, generator=generator), dim=1)
+    x = torch.nn.functional.normalize(centres[labels] + noise * spread, dim=1)
+    order = torch.randperm(len(labels), generator=generator)
+    return x[order], labels[order]
+
+
+def test_leave_one_out_equals_the_loop(way):
+    """Classes of 1 to 40 in one set, so that blocks differ in depth."""
+    x, y = clustered([1, 2, 3, 40, 5, 1, 7] + [6] * 240, 16, 1.2, 0)
+    found = retrieval_values(x, y, x, y, ks=(1, 5), exclude=torch.arange(len(y)))
+    assert list(found) == ["recall@1", "recall@5", "map@r", "r_precision"]
+    asked = [*range(0, len(y), 17), *(y == 3).nonzero().flatten().tolist(), *(y == 0).nonzero().flatten().tolist()]
+    for q in asked:
+        scores = (x.double() @ x[q].double()).tolist()
+        others = [i for i in range(len(y)) if i != q]
+        s, r = [scores[i] for i in others], [bool(y[i] == y[q]) for i in others]
+        expected = {
+            "recall@1": loop_recall(s, r, 1),
+            "recall@5": loop_recall(s, r, 5),
+            "map@r": loop_map_at_r(s, r),
+            "r_precision": loop_r_precision(s, r),
+        }
+        for name, value in expected.items():
+            assert found[name][q].item() == pytest.approx(value, nan_ok=True, rel=1e-6), (name, q)
+    assert found["map@r"].isnan().sum() == 2  # the classes of one
+
+
+def test_query_and_gallery_equals_the_loop():
+    x, y = clustered([3, 1, 5, 8], 8, 1.0, 1)
+    g, h = clustered([2, 0, 9, 4], 8, 1.0, 2)
+    found = retrieval_values(x, y, g, h, ks=(1, 100))
+    for q in range(len(y)):
+        s, r = (g.double() @ x[q].double()).tolist(), [bool(label == y[q]) for label in h]
+        assert found["recall@1"][q].item() == pytest.approx(loop_recall(s, r, 1), nan_ok=True)
+        assert found["recall@100"][q].item() == pytest.approx(1.0 if any(r) else math.nan, nan_ok=True)
+        assert found["map@r"][q].item() == pytest.approx(loop_map_at_r(s, r), nan_ok=True, rel=1e-6)
+        assert found["r_precision"][q].item() == pytest.approx(loop_r_precision(s, r), nan_ok=True, rel=1e-6)
+    assert found["map@r"].isnan().sum() == 1
+
+
+def test_values_without_queries_or_matches():
+    x, y = torch.eye(3), torch.arange(3)
+    assert all(len(v) == 0 for v in retrieval_values(x[:0], y[:0], x, y).values())
+    assert all(v.isnan().all() for v in retrieval_values(x, y, x, y, exclude=torch.arange(3)).values())
+    assert all(v.isnan().all() for v in retrieval_values(x, y, x[:0], y[:0]).values())
+    with pytest.raises(ValueError, match="k >= 1"):
+        retrieval_values(x, y, x, y, ks=(0,))
+
+
+def test_the_peers_find_the_same():
+    """pytorch-metric-learning's accuracies, and faiss with ten lines of numpy, to seven digits."""
+    faiss = pytest.importorskip("faiss")
+    calculator = pytest.importorskip("pytorch_metric_learning.utils.accuracy_calculator").AccuracyCalculator
+    x, y = clustered([5] * 1000, 64, 1.3, 5)
+    found = {k: v.double().mean().item() for k, v in retrieval_values(x, y, x, y, exclude=torch.arange(5000)).items()}
+
+    peer = calculator(
+        include=("precision_at_1", "r_precision", "mean_average_precision_at_r"),
+        k="max_bin_count",
+        device=torch.device("cpu"),
+    ).get_accuracy(x, y)
+    assert found["recall@1"] == pytest.approx(peer["precision_at_1"], abs=5e-8)
+    assert found["map@r"] == pytest.approx(peer["mean_average_precision_at_r"], abs=5e-8)
+    assert found["r_precision"] == pytest.approx(peer["r_precision"], abs=5e-8)
+
+    index = faiss.IndexFlatIP(64)
+    index.add(x.numpy())
+    rows = torch.from_numpy(index.search(x.numpy(), 11)[1])
+    for k in (1, 5, 10):
+        hit = [(y[r[r != q][:k]] == y[q]).any().item() for q, r in enumerate(rows)]
+        assert found[f"recall@{k}"] == pytest.approx(sum(hit) / 5000, abs=5e-8)
+    assert 0.2 < found["map@r"] < 0.9
