@@ -28,7 +28,7 @@ def pooled(scores: list[PerQuery]) -> PerQuery:
 
 
 def table(folders: list[Path]) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """part -> metric -> before, after, difference."""
+    """Part -> metric -> before, after, difference."""
     sides = {side: [load_scores(f / "scores" / f"{side}.safetensors") for f in folders] for side in ("before", "after")}
     rows: dict[str, dict[str, dict[str, Estimate]]] = {}
     for part, protocols in sides["before"][0].items():

@@ -24,7 +24,9 @@ FACES = [
     *(f"DejaVuSansMono{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
 ]
-ALPHABETS = ((0x41, 0x5A), (0x61, 0x7A), (0x391, 0x3A9), (0x3B1, 0x3C9), (0x410, 0x44F), (0x531, 0x556), (0x10D0, 0x10F0))
+LATIN, GREEK = ((0x41, 0x5A), (0x61, 0x7A)), ((0x391, 0x3A9), (0x3B1, 0x3C9))
+CYRILLIC, ARMENIAN, GEORGIAN = (0x410, 0x44F), (0x531, 0x556), (0x10D0, 0x10F0)
+ALPHABETS = (*LATIN, *GREEK, CYRILLIC, ARMENIAN, GEORGIAN)
 
 
 def draw(character: str, face: Path) -> Image.Image:

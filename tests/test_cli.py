@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures import write_csv, write_folder
 
+from pictures import write_csv, write_folder
 from vicinal import cli
 
 

@@ -83,7 +83,8 @@ def test_an_override_that_says_nothing_is_refused(override: str) -> None:
 
 def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
     recipe = Recipe.parse(
-        LEAST | {"data": {"coco": {"train": "a.json", "test": "b.json"}}, "sampler": {"pk": {}}, "adapt": [{"full": {}}]}
+        LEAST
+        | {"data": {"coco": {"train": "a.json", "test": "b.json"}}, "sampler": {"pk": {}}, "adapt": [{"full": {}}]}
     )
     path = tmp_path / "resolved.yaml"
     path.write_text(recipe.to_yaml())

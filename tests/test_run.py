@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from pictures import write_csv, write_folder
 
+from pictures import write_csv, write_folder
 from vicinal.data.manifest import Manifest
 from vicinal.embedding import embed
 from vicinal.evaluation.intervals import mean
@@ -105,7 +105,12 @@ def test_a_second_run_computes_no_baseline(photos: Path, tmp_path: Path, monkeyp
 
     computed: list[int] = []
     original = room._compute
-    monkeypatch.setattr(room, "_compute", lambda e, m, rows, *a: (computed.append(len(rows)), original(e, m, rows, *a))[1])
+
+    def counted(encoder: object, part: object, rows: list[int], *rest: object) -> None:
+        computed.append(len(rows))
+        original(encoder, part, rows, *rest)
+
+    monkeypatch.setattr(room, "_compute", counted)
     run(same, tmp_path / "b", say=lambda _: None)
     assert len(bring(same.data)) not in computed
     first, second = (json.loads((tmp_path / n / "results.json").read_text()) for n in "ab")
@@ -117,7 +122,7 @@ def test_wise_ft_is_chosen_on_validation(photos: Path, tmp_path: Path) -> None:
     out = run(recipe(data={"folder": str(photos)}, wise_ft="auto", lr=0.05), tmp_path / "run", say=lambda _: None)
     chosen = json.loads((out / "results.json").read_text())["training"]["wise_ft"]
     best = max(point["map@r"] for point in chosen["curve"])
-    assert [p for p in chosen["curve"] if p["weight"] == chosen["weight"]][0]["map@r"] == best
+    assert next(p for p in chosen["curve"] if p["weight"] == chosen["weight"])["map@r"] == best
     assert len(chosen["curve"]) == 5
 
 
@@ -227,6 +232,8 @@ def test_the_same_pixels_are_not_trained_on_and_measured(tmp_path: Path) -> None
     out = run(recipe(data={"folder": str(photos), "leaks": "drop"}), tmp_path / "dropped", say=lambda _: None)
     results = json.loads((out / "results.json").read_text())
     assert "the same pixels are measured" in results["data"]["notes"][-1]
-    clean = json.loads((run(recipe(data={"folder": str(write_folder(tmp_path / "clean"))}), tmp_path / "c") / "results.json").read_text())
+    clean_photos = write_folder(tmp_path / "clean")
+    clean_out = run(recipe(data={"folder": str(clean_photos)}), tmp_path / "c", say=lambda _: None)
+    clean = json.loads((clean_out / "results.json").read_text())
     assert results["data"]["train_images"] < clean["data"]["train_images"]
     assert results["data"]["parts"] == clean["data"]["parts"], "what is measured stays"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from training_parts import Tiny, batch_at, batches, optimise
+from vicinal.embedding import choose_precision
 from vicinal.training import checkpoint, devices, loop
 from vicinal.training.checkpoint import Checkpoints
 from vicinal.training.collapse import collapsed, effective_rank, spread
-from vicinal.training.devices import choose_precision
 from vicinal.training.history import History
 from vicinal.training.loop import FitResult, fit
 from vicinal.types import Batch, InputError
@@ -141,6 +141,14 @@ def test_clipping_bounds_the_step(clip: float | None):
 def test_batches_that_run_out_are_an_error():
     with pytest.raises(ValueError, match="ran out at step 3"):
         train(Tiny(), 5, batches=lambda start: iter([batch_at(t) for t in range(start, 3)]))
+
+
+def test_an_optimiser_without_the_class_weights_is_an_error():
+    objective = Tiny()
+    optimizer = torch.optim.SGD(objective.encoder.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match=r"does not know criterion\.weight"):
+        fit(objective, batches(), optimizer, scheduler, steps=1, precision="fp32", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +302,7 @@ def test_tensorboard_gets_losses_and_metrics(tmp_path: Path):
     objective = Tiny()
     evaluate, _ = scripted(objective, [0.1, 0.2, 0.3])
     result = train(objective, 4, evaluate=evaluate, evaluate_every=2, out=tmp_path, trackers=("tensorboard",))
-    events = EventAccumulator(str(tmp_path / "logs"))
+    events = EventAccumulator(str(tmp_path / "logs" / "vicinal"))
     events.Reload()
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(result))
     assert [(event.step, event.value) for event in events.Scalars("val/map@r")] == [

@@ -44,7 +44,7 @@ _HOMES = {
     "retrieval": "evaluation.protocols",
 }
 
-__all__ = sorted(_HOMES)  # noqa: PLE0605  one table, not two lists
+__all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from vicinal.data.check import check as check

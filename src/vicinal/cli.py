@@ -24,8 +24,8 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="`key=value`: overrides of the recipe, and `out=FOLDER`.")]
-Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table (CSV, TSV, JSONL, Parquet) or COCO JSON.")]
-Model = Annotated[str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, a model or a run folder.")]
+Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table, or COCO JSON.")]
+Model = Annotated[str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, or a folder.")]
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def init(
     model: Annotated[str, typer.Option(help="The model to begin with.")] = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k",
 ) -> None:
     """Write a recipe for your folder or table, with what was found in it."""
-    from vicinal.run import bring_path
     from vicinal.recipe import starter
+    from vicinal.run import bring_path
 
     kind, manifest = bring_path(source)
     if out.exists():
@@ -61,7 +61,7 @@ def init(
 @app.command()
 def check(
     source: Source,
-    columns: Annotated[list[str] | None, typer.Option("--column", help="`label=brand`: a column by another name.")] = None,
+    columns: Annotated[list[str] | None, typer.Option("--column", help="`label=brand`: its name there.")] = None,
     near: Annotated[bool, typer.Option(help="Look for near duplicates too.")] = True,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings here as well.")] = None,
 ) -> None:
@@ -84,7 +84,7 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     holdout: Annotated[float, typer.Option(help="Share of the classes held out.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the shuffle of the sorted classes.")] = 42,
-    format: Annotated[str, typer.Option(help="coco or parquet.")] = "coco",  # noqa: A002  the option's name
+    format: Annotated[str, typer.Option(help="coco or parquet.")] = "coco",
 ) -> None:
     """Write public and holdout tables by ratio and seed; images stay where they are."""
     from vicinal.data.sources import prepare as prepare_manifest

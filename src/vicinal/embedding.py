@@ -28,7 +28,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.models.modules import plain_attention
 from vicinal.types import Embeddings, InputError
 
-__all__ = ["Precision", "autocast_dtype", "default_cache", "embed", "pick_device"]
+__all__ = ["Precision", "autocast_dtype", "choose_precision", "default_cache", "embed", "pick_device"]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -52,24 +52,40 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """The type to compute in, None for float32. "auto" is bfloat16 where the hardware multiplies in it, else float32.
+def choose_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+    """What "auto" means on this device: bf16 where it is in the hardware, fp16 on other GPUs, else fp32.
 
-    >>> autocast_dtype("fp32", torch.device("cpu")) is None
-    True
+    On a CPU, bf16 done in software is slower than fp32, so it takes AVX-512 bf16, AMX, or an Arm CPU with bf16.
+
+    Raises:
+        InputError: fp16 without a GPU, where it is slow and has no loss scaler.
+
+    >>> choose_precision("fp32", torch.device("cpu"))
+    'fp32'
     """
-    if precision == "auto":
-        precision = "bf16" if _has_bf16(device) else "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def _has_bf16(device: torch.device) -> bool:
+    if precision == "fp16" and device.type != "cuda":
+        raise InputError(f"precision: fp16 needs a GPU, and this is {device.type}; use auto")
+    if precision != "auto":
+        return precision
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
-    return False
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    if torch.backends.cpu.get_cpu_capability().startswith("SVE"):  # Arm
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The type of the matrix products under `precision`, None for float32.
+
+    >>> autocast_dtype("bf16", torch.device("cpu"))
+    torch.bfloat16
+    """
+    chosen = choose_precision(precision, device)
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
 
 
 def default_cache() -> Path:

@@ -13,7 +13,7 @@ import inspect
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -49,7 +49,7 @@ class _OneOf(_Strict):
 
 def _settings(part: type, name: str) -> type[BaseModel]:
     """The keyword settings of a loss or an adapter as a strict model, read off its constructor."""
-    hints = get_type_hints(part if dataclasses.is_dataclass(part) else part.__init__)
+    hints = get_type_hints(part if dataclasses.is_dataclass(part) else vars(part)["__init__"])
     parameters = inspect.signature(part).parameters.values()
     derived = {"dim", "classes"} if not dataclasses.is_dataclass(part) else set()  # given by the model and the data
     fields: dict[str, Any] = {
@@ -83,8 +83,9 @@ class Data(_Strict):
     """Where the images are: exactly one of `folder`, `table`, `coco`, `hub`, `benchmark`, and how to read it.
 
     `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
-    each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed. `leaks: drop` leaves
-    pictures out of the training that are measured too (the same pixels in another row); else they are an error.
+    each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
+    `leaks: drop` leaves pictures out of the training that are measured too (the same pixels in another row); else they
+    are an error. `min_images` leaves smaller classes out.
     """
 
     folder: str | TrainValTest | None = None
@@ -178,8 +179,12 @@ class PreprocessChange(_Strict):
     crop: Literal["crop", "pad", "squash"] | None = None
 
 
-Loss = _one_of("Loss", PROXY_LOSSES | PAIR_LOSSES)
-Adapter = _one_of("Adapter", ADAPTERS)
+if TYPE_CHECKING:  # built from the tables below, which a type checker does not run
+    Loss: TypeAlias = _OneOf
+    Adapter: TypeAlias = _OneOf
+else:
+    Loss = _one_of("Loss", PROXY_LOSSES | PAIR_LOSSES)
+    Adapter = _one_of("Adapter", ADAPTERS)
 
 ONE_OF: dict[str, tuple[str, ...]] = {
     "data": ("folder", "table", "coco", "hub", "benchmark"),
@@ -204,8 +209,8 @@ class Recipe(_Strict):
     preprocess: PreprocessChange = PreprocessChange()
     random_init: bool = False
     cache_dir: str | None = None
-    adapt: list[Adapter] = Field(default_factory=lambda: [Adapter.model_validate({"lora": {}})], min_length=1)  # type: ignore[valid-type]
-    loss: Loss = Field(default_factory=lambda: Loss.model_validate({"arcface": {"margin": 0.3, "scale": 20.0}}))  # type: ignore[valid-type]
+    adapt: list[Adapter] = Field(default_factory=lambda: [Adapter.model_validate({"lora": {}})], min_length=1)
+    loss: Loss = Field(default_factory=lambda: Loss.model_validate({"arcface": {"margin": 0.3, "scale": 20.0}}))
     class_means: bool = True
     sampler: Sampler = Sampler(shuffle=Shuffle())
     augment: str = "light"
@@ -295,7 +300,8 @@ def starter(kind: str, source: str | Path, manifest: Manifest, model: str) -> st
 
     >>> import pyarrow as pa
     >>> rows = {"image": ["a.png", "b.png"], "label": ["x", "y"], "split": ["train", "test"]}
-    >>> print(starter("table", "t.csv", Manifest.build(pa.table(rows), "."), "timm:vit_tiny_patch16_224").splitlines()[0])
+    >>> text = starter("table", "t.csv", Manifest.build(pa.table(rows), "."), "timm:vit_tiny_patch16_224")
+    >>> print(text.splitlines()[0])
     # 2 images of 2 classes, 1.0 images a class on average; columns: image, label, split
     """
     images, classes = len(manifest), len(manifest.classes)
@@ -413,9 +419,6 @@ def _explain(error: ValidationError, name: str) -> str:
         else:
             lines.append(f"{where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}")
     return f"{name}: " + "\n  ".join(dict.fromkeys(lines))
-
-
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import platform
 import random
 import tempfile
@@ -27,11 +26,11 @@ import torch
 
 from vicinal.data.benchmarks import load_benchmark
 from vicinal.data.check import leaks
+from vicinal.data.division import Division, Part, divide
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_table
-from vicinal.data.division import Division, Part, divide
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import autocast_dtype, default_cache, embed, pick_device
 from vicinal.evaluation.intervals import mean, paired_difference
@@ -117,9 +116,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler)))
 
     def batches(start_step: int) -> Iterator[Batch]:
-        return train_batches(
-            train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step
-        )
+        return train_batches(train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step)
 
     check_adapted(encoder, next(iter(batches(0)))["image"][:2])
     say(f"training: {counts['trained']:,} of {counts['total']:,} parameters, {steps:,} steps on {device}")
@@ -397,8 +394,8 @@ def _without_leaks(manifest: Manifest, division: Division, recipe: Recipe) -> Di
         if recipe.data.leaks == "raise":
             pairs = "; ".join(f"{a.file} ({a.part}) and {a.other} ({a.other_part})" for a in found[:3])
             raise InputError(
-                f"{len(found)} pictures stand on two sides of the split: {pairs}. `vicinal check` lists all that are in "
-                "the data twice; remove one of each, or say data.leaks=drop to leave them out of the training"
+                f"{len(found)} pictures stand on two sides of the split: {pairs}. `vicinal check` lists all "
+                "that are in the data twice; remove one of each, or train without them by data.leaks=drop"
             )
         for leak in found:
             sides = {leak.part: leak.file, leak.other_part: leak.other}
@@ -420,19 +417,19 @@ def _objective(
     encoder: Encoder, original: Encoder, train: Manifest, untuned: Embeddings, recipe: Recipe
 ) -> LabelObjective:
     name, settings = recipe.loss.chosen
+    loss: torch.nn.Module
     if name in PROXY_LOSSES:
-        loss = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
+        proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
         if recipe.class_means:
             if encoder.embedding_dim == original.embedding_dim:
                 vectors = untuned.vectors
             else:  # a new head: the means have to pass through it
                 vectors = embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
-            start_from_class_means(loss, vectors, train.labels())
+            start_from_class_means(proxies, vectors, train.labels())
+        loss = proxies
     else:
         loss = PAIR_LOSSES[name](**settings.model_dump())
-    return LabelObjective(
-        encoder, loss, retention=recipe.retention, reference=original if recipe.retention else None
-    )
+    return LabelObjective(encoder, loss, retention=recipe.retention, reference=original if recipe.retention else None)
 
 
 def _sampler(train: Manifest, recipe: Recipe) -> ShuffleSampler | PKSampler:
@@ -516,13 +513,13 @@ def _part_counts(manifest: Manifest, part: Part) -> dict[str, int]:
     labels = manifest.labels()
     return {
         "queries": int(part.queries.sum()),
-        "classes": int(labels[part.queries].unique().numel()),
+        "classes": int(torch.unique(labels[part.queries]).numel()),
         "catalog": int(part.catalog.sum()) if part.catalog is not None else 0,
     }
 
 
 def _training(fitted: FitResult, counts: Mapping[str, int], selected: bool) -> dict[str, Any]:
-    losses = [row for row in fitted.history if "images_per_second" in row]
+    rates = [row["images_per_second"] for row in fitted.history if "images_per_second" in row]
     return {
         "steps": fitted.steps,
         "best_step": fitted.best_step,
@@ -530,7 +527,7 @@ def _training(fitted: FitResult, counts: Mapping[str, int], selected: bool) -> d
         "selected_on": "validation" if selected else "nothing: the last step",
         "stopped_early": fitted.stopped_early,
         "seconds": round(fitted.seconds, 1),
-        "images_per_second": round(float(np.median([row["images_per_second"] for row in losses])), 1) if losses else None,
+        "images_per_second": round(float(np.median(rates)), 1) if rates else None,
         "trained_parameters": counts["trained"],
         "inference_parameters": counts["inference"],
         "total_parameters": counts["total"],
@@ -602,7 +599,7 @@ def _processor() -> str:
 
 
 def _identity(recipe: Recipe) -> str:
-    """What must not change between a run and its resumption: all of the recipe but where and how fast it is computed."""
+    """What a resumed run must share: all of the recipe but where and how fast it is computed."""
     free = {"device", "workers", "cache", "checkpoint_every", "keep", "trackers", "cache_dir", "embed_batch_size"}
     content = json.dumps(recipe.model_dump(mode="json", exclude=free), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -618,4 +615,4 @@ def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
         file.write(text)
-    os.replace(file.name, path)
+    Path(file.name).replace(path)

@@ -85,7 +85,7 @@ def divide(
         kind: "class_disjoint", "official" or "grouped".
         holdout: share of the classes (or groups) that are tested on and never trained on.
         seed: of every shuffle.
-        val: share of the remaining classes (or groups) to select on; none, with a note, where that is under two classes.
+        val: share of the remaining classes (or groups) to select on; none, with a note, where it is under two classes.
         seen: share of each trained class's images kept back, where no `split` column says which.
         column: the group column of "grouped".
 
@@ -108,7 +108,8 @@ def divide(
 def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, seen: float) -> Division:
     seen_classes, unseen_classes = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
     notes = []
-    trained_classes, val_classes = seen_classes, ()
+    trained_classes: tuple[str, ...] = seen_classes
+    val_classes: tuple[str, ...] = ()
     if int(len(seen_classes) * val) >= 2:  # among images of one class every neighbour is right
         trained_classes, val_classes = class_disjoint(seen_classes, holdout=val, seed=seed)
     elif val:
@@ -132,7 +133,11 @@ def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, s
             parts["unseen"] = Part(unseen)
             notes.append("the split column names no test image of an unseen class: all their images are tested on")
     else:
-        back = trained & holdout_images(labels, share=seen, seed=seed, ids=manifest.ids()) if seen else torch.zeros_like(trained)
+        back = (
+            trained & holdout_images(labels, share=seen, seed=seed, ids=manifest.ids())
+            if seen
+            else torch.zeros_like(trained)
+        )
         train = trained & ~back
         if back.any():
             parts["seen"] = Part(back, train)
@@ -151,7 +156,9 @@ def _official_masks(manifest: Manifest) -> dict[str, Tensor]:
             f"the data has the columns {', '.join(manifest.names())}"
         )
     none = torch.zeros(len(manifest), dtype=torch.bool)
-    return {"train": none, "val": none, "test": none} | official(manifest.column("split"), images=manifest.column("image"))
+    return {"train": none, "val": none, "test": none} | official(
+        manifest.column("split"), images=manifest.column("image")
+    )
 
 
 def _grouped_masks(manifest: Manifest, column: str, holdout: float, val: float, seed: int) -> dict[str, Tensor]:
@@ -170,7 +177,7 @@ def _official(manifest: Manifest, masks: Mapping[str, Tensor]) -> Division:
     """Parts as given: the test images of trained classes and of others apart, if there are others."""
     train, val, test = masks["train"], masks["val"], masks["test"]
     labels = manifest.labels()
-    known = torch.isin(labels, labels[train].unique())
+    known = torch.isin(labels, torch.unique(labels[train]))
     if not (test & ~known).any():
         return Division(train, val, {"all": Part(test, val, train)})
     parts = {"unseen": Part(test & ~known)}
@@ -187,7 +194,7 @@ def _union(a: Part, b: Part) -> Part:
 
 
 def _refuse_empty(manifest: Manifest, division: Division) -> None:
-    classes = int(manifest.labels()[division.train].unique().numel())
+    classes = len(torch.unique(manifest.labels()[division.train]))
     if classes < 2:
         raise InputError(
             f"the split leaves {classes} classes to train on; at least 2 are needed: "

@@ -26,7 +26,7 @@ __all__ = [
     "start_from_class_means",
 ]
 
-PROXY_LOSSES: dict[str, type[nn.Module]] = {
+PROXY_LOSSES: dict[str, type[ArcFace | EasyArcFace | SubCenterArcFace | CosFace]] = {
     "arcface": ArcFace,
     "easy_arcface": EasyArcFace,
     "subcenter_arcface": SubCenterArcFace,

@@ -7,7 +7,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,37 +16,9 @@ from vicinal.types import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["TRACKERS", "accelerator_for", "choose_precision"]
+__all__ = ["TRACKERS", "accelerator_for"]
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-
-
-def choose_precision(
-    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
-) -> Literal["fp32", "bf16", "fp16"]:
-    """What "auto" means on this device: bf16 where it is in the hardware, fp16 on other GPUs, else fp32.
-
-    On a CPU, bf16 done in software is slower than fp32, so it takes AVX-512 bf16, AMX, or an Arm CPU with bf16.
-
-    Raises:
-        InputError: fp16 without a GPU, where it is slow and has no loss scaler.
-
-    >>> choose_precision("fp32", torch.device("cpu"))
-    'fp32'
-    """
-    if precision == "fp16" and device.type != "cuda":
-        raise InputError(f"precision: fp16 needs a GPU, and this is {device.type}; use auto")
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
-
-
-def _cpu_has_bf16() -> bool:
-    if torch.backends.cpu.get_cpu_capability().startswith("SVE"):  # Arm
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def accelerator_for(device: torch.device, precision: str, trackers: Sequence[str], out: Path | None) -> Accelerator:
@@ -71,7 +43,7 @@ def accelerator_for(device: torch.device, precision: str, trackers: Sequence[str
             cpu=device.type == "cpu",
             mixed_precision="no" if precision == "fp32" else precision,
             log_with=list(trackers) or None,
-            project_dir=None if out is None else str(out),
+            project_dir=None if out is None else str(out / "logs"),
             step_scheduler_with_optimizer=False,
         )
     finally:
@@ -83,7 +55,7 @@ def accelerator_for(device: torch.device, precision: str, trackers: Sequence[str
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise InputError(f"launched as {kind}, which this loop cannot save; launch plain data-parallel processes")
     if trackers:
-        accelerator.init_trackers("logs")
+        accelerator.init_trackers("vicinal")
     return accelerator
 
 

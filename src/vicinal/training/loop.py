@@ -27,11 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vicinal.embedding import choose_precision
 from vicinal.models.merging import EMA
 from vicinal.models.modules import prepare_for
 from vicinal.training.checkpoint import Checkpoints, load_checkpoint, load_trained_state, trained_state
 from vicinal.training.collapse import collapsed
-from vicinal.training.devices import accelerator_for, choose_precision
+from vicinal.training.devices import accelerator_for
 from vicinal.training.history import History, Meter, ProgressBar
 from vicinal.types import Batch, InputError
 
@@ -129,6 +130,7 @@ def fit(
 
     Raises:
         InputError: a setting cannot be used, a checkpoint not be read or written, or the loss is no longer finite.
+        ValueError: the optimiser lacks a trained parameter, or the batches run out.
     """
     _check_settings(steps, evaluate_every, accumulate, patience, checkpoint_every, log_every, out, resume)
     device = next(objective.parameters()).device
@@ -147,7 +149,7 @@ def fit(
     )
     model = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
     scaler: torch.amp.GradScaler | None = accelerator.scaler
-    trained = [p for p in objective.parameters() if p.requires_grad]
+    trained = _trained(objective, optimizer)
     checkpoint_every = checkpoint_every or (steps if evaluate is None else evaluate_every)
     bar = ProgressBar(steps, state.step, shown=progress and accelerator.is_main_process)
 
@@ -156,7 +158,8 @@ def fit(
             run.set_to_train()
             if evaluate is not None and state.best_step is None:
                 run.evaluate(min_delta)
-            stream = batches(state.step * accumulate) if state.step < steps else iter(())
+            over = state.stopped or state.step >= steps
+            stream = iter(()) if over else batches(state.step * accumulate)
             meter.clock = time.monotonic()
             while state.step < steps and not state.stopped:
                 images = 0
@@ -203,6 +206,7 @@ def fit(
                 if saves or state.stopped:
                     run.save()
                 meter.pause(time.monotonic() - paused)
+        del stream  # and with it the loader's processes
         run.leave_best_weights()
     finally:
         for tracker in accelerator.trackers:
@@ -433,6 +437,14 @@ def _check_settings(
             raise InputError(f"{name} must be at least 1, not {value}")
     if resume is not None and out is None:
         raise InputError("resume looks for checkpoints in the run folder: give out")
+
+
+def _trained(objective: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    forgotten = [n for n, p in objective.named_parameters() if p.requires_grad and id(p) not in known]
+    if forgotten:
+        raise ValueError(f"the optimiser does not know {', '.join(forgotten[:3])}: build it from parameter_groups")
+    return [p for p in objective.parameters() if p.requires_grad]
 
 
 def _start_from(resume: str | Path | None, checkpoints: Checkpoints | None) -> Path | None:
