@@ -79,19 +79,22 @@ class Cutout(NamedTuple):
         """
         left, top, right, bottom = self.edges
         height, width = self.pixels.shape[1:]
-        if self.edges == (0, 0, width, height):
-            if size == (height, width):
-                return self.pixels
-            full: Tensor = tv.resize_image(self.pixels, list(size), _MODES[interpolation], antialias=True)
-            return full
-        if left == top == 0 and bottom >= size[0] and right >= size[1]:
-            # Only the far edges are fractions: the resize takes the ratio of the lengths instead of that of the pixels.
-            strided = self.pixels.as_strided((1, 3, height, width), (self.pixels.numel(), *self.pixels.stride()))
-            ratio = (size[0] / bottom, size[1] / right)
-            out = F.interpolate(
-                strided, scale_factor=ratio, mode=interpolation, antialias=True, recompute_scale_factor=False
-            )
-            return out[0, :, : size[0], : size[1]]
+        whole = self.edges == (0, 0, width, height)
+        if whole and size == (height, width):
+            return self.pixels
+        # One pixel wide, channels-last and planar are the same to torch, and its fast resize stops with an assertion.
+        if min(height, width, *size) > 1:
+            if whole:
+                full: Tensor = tv.resize_image(self.pixels, list(size), _MODES[interpolation], antialias=True)
+                return full
+            if left == top == 0 and bottom >= size[0] and right >= size[1]:
+                # Only the far edges are fractions: the ratio of the lengths is given instead of that of the pixels.
+                strided = self.pixels.as_strided((1, 3, height, width), (self.pixels.numel(), *self.pixels.stride()))
+                ratio = (size[0] / bottom, size[1] / right)
+                out = F.interpolate(
+                    strided, scale_factor=ratio, mode=interpolation, antialias=True, recompute_scale_factor=False
+                )
+                return out[0, :, : size[0], : size[1]]
         array = self.pixels.permute(1, 2, 0).numpy()
         mode = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
         resized = Image.fromarray(array).resize((size[1], size[0]), mode, box=self.edges)
@@ -106,7 +109,7 @@ class Cutout(NamedTuple):
 def decode(
     path: str | Path,
     *,
-    box: Sequence[float] | None = None,
+    box: Sequence[float | int] | None = None,
     padding: float = 0.0,
     at_least: tuple[int, int] | None = None,
 ) -> Cutout:
@@ -143,7 +146,7 @@ def decode(
 def read_image(
     path: str | Path,
     *,
-    box: Sequence[float] | None = None,
+    box: Sequence[float | int] | None = None,
     padding: float = 0.0,
     at_least: tuple[int, int] | None = None,
 ) -> UInt8[Tensor, "3 H W"]:
@@ -191,7 +194,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def pixel_box(
-    box: Sequence[float], size: tuple[int, int], *, padding: float = 0.0, name: str | Path = "the image"
+    box: Sequence[float | int], size: tuple[int, int], *, padding: float = 0.0, name: str | Path = "the image"
 ) -> tuple[int, int, int, int]:
     """The whole pixels of a box: left, top, right, bottom, right and bottom excluded.
 
@@ -252,12 +255,16 @@ def _unreadable(path: str | Path, data: bytes, error: Exception) -> InputError:
     return InputError(f"{path}: {reason}; replace the file, drop its row, or set on_error=skip")
 
 
+def _bomb(path: str | Path, pixels: str) -> InputError:
+    return InputError(
+        f"{path}: {pixels} pixels are more than the limit of {MAX_PIXELS:,} (a decompression bomb, or a scan that "
+        "should be tiled); make it smaller, drop its row, or set on_error=skip"
+    )
+
+
 def _refuse_bomb(path: str | Path, height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise InputError(
-            f"{path}: {width} x {height} pixels are more than the limit of {MAX_PIXELS:,} (a decompression bomb, "
-            "or a scan that should be tiled); make it smaller, drop its row, or set on_error=skip"
-        )
+        raise _bomb(path, f"{width:,} x {height:,}")
 
 
 class _Jpeg(NamedTuple):
@@ -317,7 +324,7 @@ def _decode_jpeg(
     data: bytes,
     jpeg: _Jpeg,
     path: str | Path,
-    box: Sequence[float] | None,
+    box: Sequence[float | int] | None,
     padding: float,
     at_least: tuple[int, int] | None,
 ) -> Cutout | None:
@@ -372,7 +379,7 @@ def _upright(pixels: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.n
     return pixels
 
 
-def _decode_pillow(data: bytes, path: str | Path, box: Sequence[float] | None, padding: float) -> Cutout:
+def _decode_pillow(data: bytes, path: str | Path, box: Sequence[float | int] | None, padding: float) -> Cutout:
     try:
         with warnings.catch_warnings():
             # Pillow warns at half of MAX_PIXELS and refuses at MAX_PIXELS; one limit is enough.
@@ -385,7 +392,7 @@ def _decode_pillow(data: bytes, path: str | Path, box: Sequence[float] | None, p
     except (InputError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: {error}; make it smaller, drop its row, or set on_error=skip") from error
+        raise _bomb(path, "its") from error  # beyond Pillow's own limit, which is ours unless the user changed it
     except Exception as error:  # on a broken file Pillow raises what its parsers happen to meet
         raise _unreadable(path, data, error) from error
     return Cutout.whole(torch.from_numpy(pixels).permute(2, 0, 1))

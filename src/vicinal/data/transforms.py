@@ -225,7 +225,7 @@ def _random_crop(
 @functools.lru_cache(maxsize=256)  # widths differ from image to image where they are padded
 def _rows(
     mean: tuple[float, float, float], std: tuple[float, float, float], width: int
-) -> tuple[Float[Tensor, "3*w"], Float[Tensor, "3*w"]]:
+) -> tuple[Float[Tensor, "w3"], Float[Tensor, "w3"]]:
     """Factor and summand of one row of pixels, R G B R G B …: long rows are what vector instructions like."""
     m, s = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
     return (1 / (255 * s)).float().repeat(width), (-m / s).float().repeat(width)
