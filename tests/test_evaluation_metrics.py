@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+
 from vicinal.evaluation import metrics
 from vicinal.evaluation.metrics import map_at_r, r_precision, recall_at_k, retrieval_values, topk
 
@@ -20,13 +22,13 @@ def ranked(scores: list[float]) -> list[int]:
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))
 
 
-def loop_recall(scores, relevant, k):
+def loop_recall(scores: list[float], relevant: list[bool], k: int):
     if not any(relevant):
         return math.nan
     return float(any(relevant[i] for i in ranked(scores)[:k]))
 
 
-def loop_map_at_r(scores, relevant):
+def loop_map_at_r(scores: list[float], relevant: list[bool]):
     R, hits, total = sum(relevant), 0, 0.0
     for place, i in enumerate(ranked(scores)[:R], start=1):
         if relevant[i]:
@@ -35,7 +37,7 @@ def loop_map_at_r(scores, relevant):
     return total / R if R else math.nan
 
 
-def loop_r_precision(scores, relevant):
+def loop_r_precision(scores: list[float], relevant: list[bool]):
     R = sum(relevant)
     return sum(relevant[i] for i in ranked(scores)[:R]) / R if R else math.nan
 
@@ -52,7 +54,7 @@ METRICS = {
 @pytest.mark.parametrize("name", METRICS)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
-def test_every_metric_equals_the_loop(name, data):
+def test_every_metric_equals_the_loop(name: str, data: st.DataObject):
     q, G = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
     steps = data.draw(st.sampled_from([2, 5, 1000]))  # few steps: many ties
     scores = [[data.draw(st.integers(-steps, steps)) / steps for _ in range(G)] for _ in range(q)]
@@ -109,7 +111,7 @@ def test_nan_and_bad_k_are_refused():
 
 
 @pytest.fixture(params=["bf16", "fp32", "all"])
-def way(request, monkeypatch):
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Each of the three ways to the same neighbours, whatever this processor would take."""
     if request.param != "all":
         monkeypatch.setattr(metrics, "PRUNE_FROM", 0)
@@ -123,7 +125,7 @@ def whole_numbers(rows: int, width: int, most: int, seed: int) -> torch.Tensor:
     return torch.randint(-most, most + 1, (rows, width), generator=torch.Generator().manual_seed(seed)).float()
 
 
-def exact_topk(queries, gallery, k, exclude=None):
+def exact_topk(queries: torch.Tensor, gallery: torch.Tensor, k: int, exclude: torch.Tensor | None = None):
     scores = queries.double() @ gallery.double().T
     if exclude is not None:
         own = (exclude >= 0).nonzero().flatten()
@@ -135,7 +137,7 @@ def exact_topk(queries, gallery, k, exclude=None):
 @pytest.mark.parametrize(
     ("width", "most", "k"), [(4, 2, 1), (4, 2, 10), (8, 600, 10), (16, 300, 3), (3, 1000, 12), (1, 1, 5)]
 )
-def test_topk_is_exact_to_the_last_tie(way, width, most, k):
+def test_topk_is_exact_to_the_last_tie(way: str, width: int, most: int, k: int):
     queries, gallery = whole_numbers(70, width, most, 1), whole_numbers(1500, width, most, 2)
     scores, rows = topk(queries, gallery, k)
     expected_scores, expected_rows = exact_topk(queries, gallery, k)
@@ -143,7 +145,7 @@ def test_topk_is_exact_to_the_last_tie(way, width, most, k):
     assert torch.equal(rows, expected_rows)
 
 
-def test_topk_leaves_out_what_it_is_told_to(way):
+def test_topk_leaves_out_what_it_is_told_to(way: str):
     gallery = whole_numbers(1400, 6, 40, 3)
     queries, exclude = gallery[100:200], torch.arange(100, 200)
     exclude[::3] = -1
@@ -155,7 +157,7 @@ def test_topk_leaves_out_what_it_is_told_to(way):
 
 
 @pytest.mark.parametrize("offset", [0.0, 5.0, 100.0])
-def test_topk_of_unit_vectors_in_a_narrow_cone(way, offset):
+def test_topk_of_unit_vectors_in_a_narrow_cone(way: str, offset: float):
     """Cosines of 0.99 and more, that differ by less than bfloat16 can hold."""
     x = torch.randn(1600, 32, generator=torch.Generator().manual_seed(0))
     x[:, 0] += offset
@@ -166,7 +168,7 @@ def test_topk_of_unit_vectors_in_a_narrow_cone(way, offset):
     torch.testing.assert_close((x[:80, None].double() * x[rows]).sum(2).float(), expected, rtol=0, atol=4e-7)
 
 
-def test_topk_where_nearly_everything_is_equal(way):
+def test_topk_where_nearly_everything_is_equal(way: str):
     """More items within the rounding error than are worth scoring again: such queries are compared with all."""
     gallery = torch.ones(1500, 4)
     gallery[700] = 2.0
@@ -179,7 +181,7 @@ def test_topk_where_nearly_everything_is_equal(way):
 
 
 @pytest.mark.parametrize("way", ["bf16", "fp32"], indirect=True)  # a matrix product may sum columns in other orders
-def test_equal_vectors_have_equal_scores_wherever_they_stand(way):
+def test_equal_vectors_have_equal_scores_wherever_they_stand(way: str):
     x = torch.nn.functional.normalize(torch.randn(1500, 48, generator=torch.Generator().manual_seed(1)), dim=1)
     x[[3, 256, 1023, 1499]] = x[777].clone()
     scores, rows = topk(x[777:778], x, 5)
@@ -187,7 +189,7 @@ def test_equal_vectors_have_equal_scores_wherever_they_stand(way):
     assert scores.unique().numel() == 1
 
 
-def test_the_block_does_not_matter(way):
+def test_the_block_does_not_matter(way: str):
     x = torch.randn(1300, 24, generator=torch.Generator().manual_seed(2))
     scores, rows = topk(x, x, 7)
     for block in (1, 33, 1300):
@@ -197,7 +199,7 @@ def test_the_block_does_not_matter(way):
 
 
 @pytest.mark.parametrize("k", [1, 4, 5, 50])
-def test_topk_of_a_gallery_that_is_smaller_than_k(k):
+def test_topk_of_a_gallery_that_is_smaller_than_k(k: int):
     gallery = whole_numbers(5, 3, 5, 4)
     scores, rows = topk(gallery, gallery, k, exclude=torch.arange(5))
     assert rows.shape == scores.shape == (5, min(k, 5))
@@ -222,13 +224,13 @@ def test_topk_refuses_what_has_no_rank():
                 topk(*both, 1)
 
 
-def test_few_pairs_are_scored_again(monkeypatch):
+def test_few_pairs_are_scored_again(monkeypatch: pytest.MonkeyPatch):
     """The cut is not only safe but tight: on plain data a handful of items a query passes it."""
     monkeypatch.setattr(metrics, "PRUNE_FROM", 0)
     seen = []
     scored = metrics._inner_products
 
-    def counting(queries, gallery, row, column):
+    def counting(queries: torch.Tensor, gallery: torch.Tensor, row: torch.Tensor, column: torch.Tensor):
         seen.append(len(row) / len(queries))
         return scored(queries, gallery, row, column)
 
@@ -244,7 +246,9 @@ class Largest(TorchDispatchMode):
 
     bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             # A sparse tensor holds what its values hold, and they are counted where they are made.
@@ -254,7 +258,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("size", [3000, 12000])  # all similarities; pruned
-def test_the_whole_matrix_is_never_held(size, monkeypatch):
+def test_the_whole_matrix_is_never_held(size: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics, "BLOCK_BYTES", 2**22)
     x = torch.nn.functional.normalize(torch.randn(size, 8, generator=torch.Generator().manual_seed(4)), dim=1)
     y = torch.arange(size) // 4
@@ -277,7 +281,7 @@ def clustered(sizes: list[int], width: int, noise: float, seed: int) -> tuple[to
     return x[order], labels[order]
 
 
-def test_leave_one_out_equals_the_loop(way):
+def test_leave_one_out_equals_the_loop(way: str):
     """Classes of 1 to 40 in one set, so that blocks differ in depth."""
     x, y = clustered([1, 2, 3, 40, 5, 1, 7] + [6] * 240, 16, 1.2, 0)
     found = retrieval_values(x, y, x, y, ks=(1, 5), exclude=torch.arange(len(y)))

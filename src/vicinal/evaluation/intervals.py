@@ -48,7 +48,7 @@ def mean(per_query: PerQuery, *, resamples: int = 2000, seed: int = 0) -> Metric
         Both ends are NaN with fewer than two units; the value too where nothing counts.
 
     Raises:
-        ValueError: resamples < 1, or values and units are not of one length.
+        ValueError: resamples < 1.
 
     >>> values = {"recall@1": torch.tensor([[1.0, 1.0, 0.0, 1.0]])}
     >>> mean(PerQuery(values, units=torch.tensor([0, 0, 1, 2])))["recall@1"].value
@@ -59,11 +59,10 @@ def mean(per_query: PerQuery, *, resamples: int = 2000, seed: int = 0) -> Metric
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, not {resamples}")
     unit = np.unique(per_query.units.cpu().numpy(), return_inverse=True)[1]
-    tables = {}
-    for name, values in per_query.values.items():
-        if values.shape[1] != len(unit):
-            raise ValueError(f"{name} has values of {values.shape[1]} queries, and there are units of {len(unit)}")
-        tables[name] = _Table.of(values.cpu().double().numpy(), unit, macro=per_query.macro)
+    tables = {
+        name: _Table.of(values.cpu().double().numpy(), unit, macro=per_query.macro)
+        for name, values in per_query.values.items()
+    }
     # Metrics over the same units and replicates share their resamples, which are what takes the time.
     alike: dict[tuple[bytes, int], list[str]] = {}
     for name, table in tables.items():
@@ -147,8 +146,8 @@ class _Table:
     def of(cls, values: Array, unit: NDArray[np.intp], *, macro: bool) -> _Table:
         size = int(unit.max(initial=-1)) + 1
         there = ~np.isnan(values)
-        counts: Array = np.stack([np.bincount(unit, t, size) for t in there])
-        sums: Array = np.stack([np.bincount(unit, np.nan_to_num(v), size) for v in values])
+        counts: Array = np.stack([np.bincount(unit, t, size) for t in there]).astype(np.float64)  # of none: integers
+        sums: Array = np.stack([np.bincount(unit, np.nan_to_num(v), size) for v in values]).astype(np.float64)
         if macro:
             sums, counts = sums / np.maximum(counts, 1.0), np.minimum(counts, 1.0)
         units = np.flatnonzero(counts.sum(0))
