@@ -262,7 +262,7 @@ class _Steps:
             at = sum(len(batch) for batch in batches[:position])
             for batch in batches[position:]:
                 low, high = (len(batch) * part // self.world_size for part in (self.rank, self.rank + 1))
-                if low == high:
+                if len(batch) < self.world_size:
                     raise InputError(f"a batch of {len(batch)} rows cannot be shared by {self.world_size} processes")
                 yield [_Item(batch[i], _mixed(self.seed, epoch, batch[i], times[at + i])) for i in range(low, high)]
                 at += len(batch)

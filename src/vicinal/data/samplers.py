@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ from vicinal.types import InputError
 __all__ = ["PKSampler", "Sampler", "ShuffleSampler", "occurrence"]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What `train_batches` needs: the number of batches in an epoch, and the rows of each."""
 
