@@ -91,6 +91,13 @@ class Checkpoints:
 
     Raises:
         ValueError: `keep` is below 1.
+
+    >>> import tempfile
+    >>> checkpoints = Checkpoints(Path(tempfile.mkdtemp()), keep=2)
+    >>> for step in (10, 20, 30):
+    ...     path = checkpoints.save(step, {"weight": torch.zeros(2)}, {"step": step})
+    >>> [path.name for path in checkpoints.all()], load_checkpoint(path)[1]
+    (['step-00000020', 'step-00000030'], {'step': 30})
     """
 
     folder: Path

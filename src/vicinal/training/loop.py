@@ -131,6 +131,22 @@ def fit(
     Raises:
         InputError: a setting cannot be used, a checkpoint not be read or written, or the loss is no longer finite.
         ValueError: the optimiser lacks a trained parameter, or the batches run out.
+
+    >>> class Objective(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.line = nn.Linear(2, 1)
+    ...     def forward(self, batch):
+    ...         return {"loss": (self.line(batch["image"]).squeeze() - batch["label"]).square().mean()}
+    >>> def batches(start):
+    ...     while True:
+    ...         yield {"image": torch.eye(2), "label": torch.tensor([1.0, 3.0])}
+    >>> objective = Objective()
+    >>> optimizer = torch.optim.SGD(objective.parameters(), lr=0.2)
+    >>> constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    >>> result = fit(objective, batches, optimizer, constant, steps=100, clip=None, precision="fp32", progress=False)
+    >>> result.steps, len(result.history), result.history[-1]["loss"] < 1e-6
+    (100, 10, True)
     """
     _check_settings(steps, evaluate_every, accumulate, patience, checkpoint_every, log_every, out, resume)
     device = next(objective.parameters()).device

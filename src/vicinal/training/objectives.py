@@ -41,8 +41,11 @@ class LabelObjective(nn.Module):
         InputError: the reference's embeddings have another width, as after a new head that narrows them.
 
     >>> from vicinal.losses import NTXent
-    >>> objective = LabelObjective(encoder, NTXent())                                    # doctest: +SKIP
-    >>> objective({"image": torch.rand(4, 3, 224, 224), "label": torch.tensor([0, 0, 1, 1])})["loss"]  # doctest: +SKIP
+    >>> from vicinal.models.backbones import load_encoder
+    >>> objective = LabelObjective(load_encoder("timm:test_vit", size=32, random_init=True), NTXent(), retention=1.0)
+    >>> batch = {"image": torch.rand(4, 3, 32, 32), "label": torch.tensor([0, 0, 1, 1])}
+    >>> sorted(objective(batch))
+    ['criterion', 'embeddings', 'loss', 'retention']
     """
 
     def __init__(
