@@ -56,9 +56,7 @@ class History:
         Raises:
             InputError: the disk is full, or cannot be written to.
         """
-        row = {
-            k: _finite(v) if not isinstance(v, dict) else {n: _finite(x) for n, x in v.items()} for k, v in row.items()
-        }
+        row = {key: _as_json(value) for key, value in row.items()}
         self.rows.append(row)
         if self.path is None:
             return
@@ -69,8 +67,10 @@ class History:
             raise InputError(f"could not write {self.path}: {error}; make room and go on with resume=last") from error
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _as_json(value: Any) -> Any:  # noqa: ANN401  (what JSON can hold)
+    if isinstance(value, dict):
+        return {key: _as_json(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _whole_rows(path: Path) -> list[dict[str, Any]]:
