@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own name for it
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -729,6 +729,17 @@ def test_timm_drops_all_of_a_head_that_is_more_than_a_layer(tmp_path: Path):
     torch.testing.assert_close(encoder(x), model.forward_features(x).mean((2, 3)))
 
 
+@pytest.mark.parametrize(
+    "name", ["timm:test_vit", "timm:test_vit3", "open_clip:vit", "open_clip:eva", "transformers:clip"]
+)
+def test_a_loaded_encoder_can_be_trained(name: str, made: Callable[[str], Made]):
+    encoder = load_encoder(made(name).uri)
+    assert all(p.requires_grad for p in encoder.parameters())
+    encoder(images(encoder)).square().sum().backward()
+    first = encoder.model.get_submodule(encoder.anatomy.image.blocks[0])
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in first.parameters())
+
+
 @pytest.mark.parametrize("wrap", ["state_dict", "state_dict_ema", "model", None])
 def test_timm_reads_checkpoints_of_trainers(wrap: str | None, made: Callable[[str], Made], tmp_path: Path):
     file = made("timm:test_vit").uri.partition("@")[2]
@@ -952,7 +963,7 @@ def test_folders_of_the_libraries_name_the_right_uri(made: Callable[[str], Made]
 
 def test_a_crop_that_does_not_exist():
     with pytest.raises(InputError, match="nearest: squash"):
-        load_encoder("timm:test_vit", crop="sqash", random_init=True)  # type: ignore[arg-type]
+        load_encoder("timm:test_vit", crop="sqash", random_init=True)
 
 
 def test_another_type_of_transformers_is_refused(tmp_path: Path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812  torch's own name for it
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -53,6 +53,7 @@ ATTENTION: tuple[Mapping[str, str], ...] = (
 MLP: tuple[tuple[str, ...], ...] = (
     ("mlp.fc1_g", "mlp.fc1_x", "mlp.fc2"),  # timm, SwiGLU
     ("mlp.fc1", "mlp.fc2"),
+    ("mlp.w0", "mlp.w1", "mlp.w2"),  # timm, ViTamin
     ("mlp.c_fc", "mlp.c_proj"),
     ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     ("mlp.weights_in", "mlp.weights_out"),

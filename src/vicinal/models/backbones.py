@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -22,7 +22,16 @@ from vicinal.models import from_open_clip, from_timm, from_transformers
 from vicinal.models.anatomy import pair
 from vicinal.models.encoder import CONFIG_NAME, FORMAT, WEIGHTS_NAME, Anatomy, Encoder, Family
 from vicinal.models.tokenizers import TOKENIZERS
-from vicinal.models.weights import Crop, Found, Hub, load_strictly, log, nearest, read_weights, say_licence
+from vicinal.models.weights import (
+    Crop,
+    Found,
+    Hub,
+    load_strictly,
+    log,
+    nearest,
+    read_weights,
+    say_licence,
+)
 from vicinal.types import InputError, Preprocess
 
 __all__ = ["FAMILIES", "load_encoder"]
@@ -32,7 +41,7 @@ def load_encoder(
     uri: str | Path,
     *,
     size: int | Sequence[int] | None = None,
-    crop: Crop | None = None,
+    crop: str | None = None,
     cache_dir: str | Path | None = None,
     random_init: bool = False,
 ) -> Encoder:
@@ -86,7 +95,7 @@ def load_encoder(
     if {target} != {held, encoder.preprocess.size}:  # in one step, from the positions that were trained
         _resize(encoder, target, uri)
     if crop is not None:
-        encoder.preprocess = dataclasses.replace(encoder.preprocess, crop=crop)
+        encoder.preprocess = dataclasses.replace(encoder.preprocess, crop=cast(Crop, crop))
     return encoder.eval()
 
 
@@ -121,7 +130,7 @@ def _assemble(found: Found, source: str) -> Encoder:
     return encoder
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a module caches on the way could not be trained with
 def _width(encoder: Encoder, source: str) -> int:
     """D, from the model itself: a table of widths would be wrong for the next model."""
     height, width = encoder.preprocess.size

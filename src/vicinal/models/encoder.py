@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +81,7 @@ class Anatomy:
     heads: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What turns texts into token ids: one small class for each library."""
 

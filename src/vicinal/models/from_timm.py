@@ -129,6 +129,7 @@ def timm_anatomy(trunk: nn.Module, prefix: str) -> Anatomy:
     stem = "patch_embed" if "patch_embed" in parts else first if isinstance(first, str) else first[0]
     pool = parts.get("global_pool", parts.get("head.global_pool"))  # a module, or a word, or nothing
     word = getattr(trunk, "global_pool", "") if pool is None else getattr(pool, "pool_type", "avg")
+    head = ("head",) if isinstance(parts.get("head"), nn.Linear) else ("head.fc",)  # open_clip may project with it
     return Anatomy(
         patch_embed=prefix + stem,
         image=Tower(
@@ -138,7 +139,7 @@ def timm_anatomy(trunk: nn.Module, prefix: str) -> Anatomy:
             None if tower.norm is None else prefix + tower.norm,
         ),
         pool=word if isinstance(word, str) and word else "none",
-        heads=tuple(prefix + name for name in with_weights(trunk, "attn_pool")),
+        heads=tuple(prefix + name for name in with_weights(trunk, "attn_pool", *head)),
     )
 
 
