@@ -47,11 +47,20 @@ def test_class_disjoint_respects_the_split_column() -> None:
         part = d.parts[name]
         assert {words[i] for i in part.queries.nonzero().flatten()} == {"test"}, name
         assert {words[i] for i in part.catalog.nonzero().flatten()} == {"val"}, name
-        assert {words[i] for i in part.fallback.nonzero().flatten()} == {"train"}, name
+        assert not part.fallback.any(), "every class has val images"
         assert len(classes_of(m, part.queries)) == classes, name
     assert_disjoint(m, d)
     joint = d.parts["joint"]
     assert torch.equal(d.measured(), joint.queries | joint.catalog | joint.fallback)
+
+
+def test_shots_come_from_train_where_val_lacks_the_class() -> None:
+    words = (["train"] * 5 + ["val"] * 2 + ["test"] * 3) * 9 + ["train"] * 7 + ["test"] * 3
+    m = manifest(split=words)
+    d = divide(m, "official")
+    assert classes_of(m, d.parts["all"].fallback) == {9}
+    assert {words[i] for i in d.parts["all"].fallback.nonzero().flatten()} == {"train"}
+    assert 9 not in classes_of(m, d.parts["all"].catalog)
 
 
 def test_small_classes_are_not_measured_as_seen() -> None:

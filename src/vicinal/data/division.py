@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vicinal.data.manifest import Manifest
@@ -125,10 +125,11 @@ def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, s
         masks = _official_masks(manifest)
         train, kept, test = trained & masks["train"], trained & masks["val"], trained & masks["test"]
         if test.any():
-            parts["seen"] = Part(test, kept, train)
+            parts["seen"] = Part(test, kept, _where_lacking(train, kept, labels))
         tested = unseen & masks["test"]
         if tested.any():
-            parts["unseen"] = Part(tested, unseen & masks["val"], unseen & masks["train"])
+            catalog = unseen & masks["val"]
+            parts["unseen"] = Part(tested, catalog, _where_lacking(unseen & masks["train"], catalog, labels))
         else:
             parts["unseen"] = Part(unseen)
             notes.append("the split column names no test image of an unseen class: all their images are tested on")
@@ -179,11 +180,19 @@ def _official(manifest: Manifest, masks: Mapping[str, Tensor]) -> Division:
     labels = manifest.labels()
     known = torch.isin(labels, torch.unique(labels[train]))
     if not (test & ~known).any():
-        return Division(train, val, {"all": Part(test, val, train)})
+        return Division(train, val, {"all": Part(test, val, _where_lacking(train, val, labels))})
     parts = {"unseen": Part(test & ~known)}
     if (test & known).any():
-        parts["seen"] = Part(test & known, val & known, train)
+        catalog = val & known
+        parts["seen"] = Part(test & known, catalog, _where_lacking(train, catalog, labels))
     return Division(train, val, parts)
+
+
+def _where_lacking(
+    fallback: Bool[Tensor, "N"], catalog: Bool[Tensor, "N"], labels: Int[Tensor, "N"]
+) -> Bool[Tensor, "N"]:
+    """The rows of classes that the catalog lacks: only those have to be embedded."""
+    return fallback & ~torch.isin(labels, labels[catalog])
 
 
 def _union(a: Part, b: Part) -> Part:
