@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -108,6 +108,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     save_scores(before_scores, out / "scores" / "before.safetensors")
 
     train = manifest.where(division.train).compact()
+    if recipe.split.grouped and "group" in train.names():  # pair losses would never push a group's images apart
+        train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
     objective = _objective(encoder, original, train, everything.where(division.train), recipe)
@@ -613,6 +615,9 @@ def _seed(seed: int) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
