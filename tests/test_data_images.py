@@ -100,6 +100,14 @@ def test_every_exif_orientation(tmp_path: Path, kind: str, orientation: int, at_
     assert difference.max() <= (4 if at_least else 1)  # a quarter of a pixel of these waves is 8
 
 
+def test_the_size_stands_behind_a_long_comment(tmp_path: Path) -> None:
+    data = bytes_of(waves(20, 30))
+    comment = b"\xff\xfe\xff\xff" + b"x" * 65533
+    assert image_size(write(tmp_path / "a.jpg", data[:2] + comment + comment + data[2:])) == (20, 30)
+    with pytest.raises(InputError, match=r"b\.jpg.*no image"):
+        image_size(write(tmp_path / "b.jpg", b"<html>"))
+
+
 def test_big_endian_exif_and_fill_bytes(tmp_path: Path):
     tiff = b"MM\0*\0\0\0\x08" + struct.pack(">HHHIHH", 1, 0x0112, 3, 1, 6, 0) + b"\0\0\0\0"
     data = bytes_of(waves(20, 30), exif=b"Exif\0\0" + tiff)

@@ -90,6 +90,16 @@ def test_restart_at_any_step(photos: Manifest, workers: int) -> None:
         assert same(taken(train(photos, start_step=start, workers=workers), 2), whole[start : start + 2])
 
 
+def test_restart_where_rows_come_twice_in_an_epoch(photos: Manifest) -> None:
+    whole = taken(train(photos, k=4), 6)
+    assert (
+        any(batch["index"].unique().numel() < 12 for batch in whole[:3])
+        or len(torch.cat([batch["index"] for batch in whole[:3]]).unique()) < 36
+    )
+    for start in range(1, 5):
+        assert same(taken(train(photos, k=4, start_step=start), 2), whole[start : start + 2])
+
+
 def test_a_restart_does_not_make_the_batches_before_it(photos: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = loader._Maker.view

@@ -177,19 +177,20 @@ def image_size(path: str | Path) -> tuple[int, int]:
     ...     image_size(f"{folder}/a.jpg")
     (30, 40)
     """
-    data = _bytes_of(path)
-    jpeg = _jpeg_header(data)
+    head = _bytes_of(path, 1 << 16)
+    # The size stands behind the EXIF block, which may hold a thumbnail of 64 kB.
+    jpeg = _jpeg_header(head) or (_jpeg_header(_bytes_of(path)) if head[:2] == b"\xff\xd8" else None)
     if jpeg is not None:
         height, width, sideways = jpeg.height, jpeg.width, jpeg.orientation in _SIDEWAYS
     else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data))
-            width, height = image.size
-            sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
+                with Image.open(path) as image:
+                    width, height = image.size
+                    sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
         except Exception as error:  # on a broken header Pillow raises what its parsers happen to meet
-            raise _unreadable(path, data, error) from error
+            raise _unreadable(path, head, error) from error
     return (width, height) if sideways else (height, width)
 
 
@@ -233,10 +234,10 @@ def _whole(low: float, high: float, length: int) -> tuple[int, int]:
     return first, min(max(round(high), first + 1), length)
 
 
-def _bytes_of(path: str | Path) -> bytes:
+def _bytes_of(path: str | Path, count: int = -1) -> bytes:
     try:
         with open(path, "rb") as file:  # noqa: PTH123  (half the time of Path.open, and this is once an image)
-            return file.read()
+            return file.read(count)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
         raise InputError(

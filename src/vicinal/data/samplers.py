@@ -187,27 +187,26 @@ def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -
         classes: P.
     """
     queue = deque(tokens)
-    # The batch at which a class must be taken, if it is never taken before: a heap, corrected when an entry comes due.
+    # The batch from which on a class must be in all, if it is in none before: a heap, corrected when an entry comes due.
     due = [(batches - count, c) for c, count in enumerate(remaining) if count]
     heapq.heapify(due)
+    forced: set[int] = set()
     plan = []
     for batch in range(batches):
-        left = batches - batch
-        chosen: dict[int, None] = {}
         while due and due[0][0] <= batch:
             _, c = heapq.heappop(due)
-            if remaining[c] == left:
-                chosen[c] = None
-                heapq.heappush(due, (batch + 1, c))
-            elif remaining[c]:
-                heapq.heappush(due, (batch + left - remaining[c], c))
+            if remaining[c] == batches - batch:
+                forced.add(c)
+            else:
+                heapq.heappush(due, (batches - remaining[c], c))
+        chosen = dict.fromkeys(forced)
         deferred = []
         while len(chosen) < classes:
             c = queue.popleft()
-            if c in chosen:
-                deferred.append(c)
-            elif remaining[c]:  # else: a leftover of a class that was taken without its turn in the queue
+            if c not in chosen:
                 chosen[c] = None
+            elif c not in forced:  # which need no turn in the queue any more
+                deferred.append(c)
         queue.extendleft(reversed(deferred))
         for c in chosen:
             remaining[c] -= 1
