@@ -92,10 +92,8 @@ def test_restart_at_any_step(photos: Manifest, workers: int) -> None:
 
 def test_restart_where_rows_come_twice_in_an_epoch(photos: Manifest) -> None:
     whole = taken(train(photos, k=4), 6)
-    assert (
-        any(batch["index"].unique().numel() < 12 for batch in whole[:3])
-        or len(torch.cat([batch["index"] for batch in whole[:3]]).unique()) < 36
-    )
+    epoch = torch.cat([batch["index"] for batch in whole[:2]])
+    assert epoch.unique().numel() < epoch.numel()
     for start in range(1, 5):
         assert same(taken(train(photos, k=4, start_step=start), 2), whole[start : start + 2])
 

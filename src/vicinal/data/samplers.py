@@ -187,7 +187,7 @@ def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -
         classes: P.
     """
     queue = deque(tokens)
-    # The batch from which on a class must be in all, if it is in none before: a heap, corrected when an entry comes due.
+    # The batch from which on a class must be in all, if it is in none before: a heap, corrected when entries come due.
     due = [(batches - count, c) for c, count in enumerate(remaining) if count]
     heapq.heapify(due)
     forced: set[int] = set()
