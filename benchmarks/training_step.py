@@ -34,7 +34,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.models.modules import FoldedLinear, plain_attention, prepare_for
 from vicinal.training.loop import fit
 from vicinal.training.objectives import LabelObjective
-from vicinal.training.optim import parameter_groups, warmup_cosine
+from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
 from vicinal.types import Batch
 
 CLASSES, BATCH, LR = 512, 64, 1e-3
@@ -96,7 +96,7 @@ def plain_loop(
 
 def vicinal_loop(encoder: Encoder, data: list[Batch], steps: int, precision: str) -> float:
     objective = LabelObjective(encoder, class_loss())
-    optimizer = torch.optim.AdamW(parameter_groups(objective, lr=LR, weight_decay=0.0))
+    optimizer = build_optimizer("adamw", parameter_groups(objective, lr=LR, weight_decay=0.0))
 
     def stream(start_step: int) -> Iterator[Batch]:
         return itertools.islice(itertools.cycle(data), start_step, None)

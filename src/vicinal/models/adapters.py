@@ -287,7 +287,9 @@ def adapters_from_config(config: Iterable[Mapping[str, Any]]) -> tuple[Method, .
             if key not in fields:
                 raise InputError(f"{name} has no setting {key!r}{_nearest(key, fields)}; it has {_list(fields)}")
         try:
-            given = {key: tuple(value) if isinstance(value, list) else value for key, value in (settings or {}).items()}
+            given: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in (settings or {}).items()
+            }
             methods.append(ADAPTERS[name](**given))
         except TypeError as error:
             raise InputError(f"{name}: {error}") from error

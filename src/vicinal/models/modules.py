@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the name that every reader of torch code knows)
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -411,7 +411,9 @@ def prepare_for(encoder: nn.Module, device_type: str, dtype: torch.dtype) -> Ite
 
     On the CPU, low-rank updates are folded into their layers (`FoldedLinear`), where they have no dropout and the
     layer's own weight is frozen; in bf16, attention takes its plain form too. On other devices nothing is changed, for
-    nothing has been measured there. Names, parameters, optimiser and state dict stay the same.
+    nothing has been measured there. Names, parameters, optimiser and state dict stay the same. Plain attention keeps
+    B H L L numbers a block for the backward pass, which the fused form computes again: for a batch of 64 and ViT-B/16,
+    60 MB at 224 px and 510 MB at 384 px.
 
     Args:
         encoder: an encoder, or anything that holds one, such as an objective.
