@@ -78,7 +78,7 @@ def plain_loop(
     optimizer = torch.optim.AdamW(
         [{"params": encoder, "lr": LR}, {"params": criterion.parameters(), "lr": 10 * LR}], weight_decay=0.0
     )
-    scheduler = warmup_cosine(optimizer, steps=steps, warmup=2)
+    scheduler = warmup_cosine(optimizer, steps=steps, warmup=1)
     model.train()
     loss = torch.zeros(())
     with within:
@@ -101,7 +101,7 @@ def vicinal_loop(encoder: Encoder, data: list[Batch], steps: int, precision: str
     def stream(start_step: int) -> Iterator[Batch]:
         return itertools.islice(itertools.cycle(data), start_step, None)
 
-    schedule = warmup_cosine(optimizer, steps=steps, warmup=2)
+    schedule = warmup_cosine(optimizer, steps=steps, warmup=1)
     result = fit(
         objective,
         stream,
