@@ -168,16 +168,52 @@ def test_topk_of_unit_vectors_in_a_narrow_cone(way: str, offset: float):
     torch.testing.assert_close((x[:80, None].double() * x[rows]).sum(2).float(), expected, rtol=0, atol=4e-7)
 
 
-def test_topk_where_nearly_everything_is_equal(way: str):
+def test_the_worst_rounding_of_the_gallery_and_the_scores(way: str):
+    """All errors at their bounds, and against the best item: 1 + 2^-8 lies midway between two numbers of bfloat16."""
+    up, down = 1 + 2**-8 + 2**-13, 1 + 2**-8 - 2**-13
+    best = [down, up, 63.75, 2**-4]  # 0.9970 in truth; 0.9883 rounded
+    second = [up, down, 63.75, 2**-8]  # 0.9964 in truth; 1.0078 rounded
+    gallery = torch.zeros(1500, 4)
+    gallery[1200], gallery[40] = torch.tensor(best), torch.tensor(second)
+    gallery[1201], gallery[41] = -gallery[1200], -gallery[40]  # so that the mean is 0
+    scores, rows = topk(torch.tensor([[1.0, -1.0, 2**-6, 2**-6]]), gallery, 1)
+    assert rows.tolist() == [[1200]]
+    assert scores.item() == 1 - 2**-8 + 2**-10 - 2**-12
+
+
+def test_the_worst_rounding_of_a_query(way: str):
+    up, down = 1 + 2**-8 + 2**-13, 1 + 2**-8 - 2**-13
+    gallery = torch.zeros(1500, 3)
+    gallery[1200], gallery[40] = torch.tensor([1.0, -1.0, 2**-4 + 2**-10]), torch.tensor([-1.0, 1.0, 2**-4])
+    gallery[1201], gallery[41] = -gallery[1200], -gallery[40]
+    assert topk(torch.tensor([[down, up, 1.0]]), gallery, 1)[1].tolist() == [[1200]]
+
+
+def test_the_end_of_the_last_tile_holds_nothing(way: str, monkeypatch: pytest.MonkeyPatch):
+    """All scores are negative, and what lies behind the gallery's last item is larger than any."""
+    made = metrics._scores
+    monkeypatch.setattr(metrics, "_scores", lambda *shape: made(*shape).fill_(1e4))
+    gallery, queries = whole_numbers(1299, 4, 30, 7).abs() + 1, -whole_numbers(20, 4, 30, 8).abs() - 1
+    assert torch.equal(topk(queries, gallery, 5)[1], exact_topk(queries, gallery, 5)[1])
+
+
+def test_topk_where_nearly_everything_is_equal(way: str, monkeypatch: pytest.MonkeyPatch):
     """More items within the rounding error than are worth scoring again: such queries are compared with all."""
-    gallery = torch.ones(1500, 4)
+    scored = metrics._inner_products
+
+    def few(queries: torch.Tensor, gallery: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        assert len(row) <= 2
+        return scored(queries, gallery, row, column)
+
+    monkeypatch.setattr(metrics, "_inner_products", few)
+    gallery = torch.ones(12000, 4)
     gallery[700] = 2.0
     gallery[900:905] = 3.0
     scores, rows = topk(torch.ones(3, 4), gallery, 8)
     assert rows.tolist() == [[900, 901, 902, 903, 904, 700, 0, 1]] * 3
     assert scores[0].tolist() == [12.0] * 5 + [8.0] + [4.0] * 2
-    _, rows = topk(torch.ones(2, 4), gallery, 3, exclude=torch.tensor([901, -1]))
-    assert rows.tolist() == [[900, 902, 903], [900, 901, 902]]
+    _, rows = topk(torch.ones(2, 4), gallery, 7, exclude=torch.tensor([901, -1]))
+    assert rows.tolist() == [[900, 902, 903, 904, 700, 0, 1], [900, 901, 902, 903, 904, 700, 0]]
 
 
 @pytest.mark.parametrize("way", ["bf16", "fp32"], indirect=True)  # a matrix product may sum columns in other orders
@@ -224,8 +260,9 @@ def test_topk_refuses_what_has_no_rank():
                 topk(*both, 1)
 
 
-def test_few_pairs_are_scored_again(monkeypatch: pytest.MonkeyPatch):
-    """The cut is not only safe but tight: on plain data a handful of items a query passes it."""
+@pytest.mark.parametrize(("offset", "most"), [(0, 16), (24, 26)])  # of random directions; of cosines about 0.9
+def test_few_pairs_are_scored_again(offset: float, most: int, monkeypatch: pytest.MonkeyPatch):
+    """The cut is not only safe but tight: a handful of items a query passes it, in a narrow cone too."""
     monkeypatch.setattr(metrics, "PRUNE_FROM", 0)
     seen = []
     scored = metrics._inner_products
@@ -235,10 +272,13 @@ def test_few_pairs_are_scored_again(monkeypatch: pytest.MonkeyPatch):
         return scored(queries, gallery, row, column)
 
     monkeypatch.setattr(metrics, "_inner_products", counting)
-    x = torch.nn.functional.normalize(torch.randn(5000, 64, generator=torch.Generator().manual_seed(3)), dim=1)
+    monkeypatch.setattr(metrics, "_multiplies_bf16", lambda: True)
+    x = torch.randn(5000, 64, generator=torch.Generator().manual_seed(3))
+    x[:, 0] += offset
+    x = torch.nn.functional.normalize(x, dim=1)
     topk(x[:512], x, 10)
     assert len(seen) == 1
-    assert seen[0] < 20
+    assert 10 <= seen[0] < most  # under 10 a query, some were left to the slow way
 
 
 class Largest(TorchDispatchMode):

@@ -159,11 +159,11 @@ def test_prototypes_equal_the_loop(case: str):
     queries = clustered(sizes, seed=1, noise=1.5)
     catalog = clustered(in_catalog, seed=2, noise=1.5) if in_catalog else None
     fallback = clustered(in_fallback, seed=3, noise=1.5) if in_fallback else None
-    found = prototype_scores(queries, catalog, shots=(1, 3, 10), draws=4, seed=7, fallback=fallback)
+    found = prototype_scores(queries, catalog, shots=(1, 3, 10, 20), draws=4, seed=7, fallback=fallback)
     assert found.macro
     assert torch.equal(found.units, queries.labels)
-    assert list(found.values) == ["accuracy@1shot", "accuracy@3shot", "accuracy@10shot"]
-    for k in (1, 3, 10):
+    assert list(found.values) == ["accuracy@1shot", "accuracy@3shot", "accuracy@10shot", "accuracy@20shot"]
+    for k in (1, 3, 10, 20):
         expected = torch.tensor([loop_prototypes(queries, catalog, fallback, k, draw, 7) for draw in range(4)])
         assert torch.equal(found.values[f"accuracy@{k}shot"].nan_to_num(nan=-1), expected.nan_to_num(nan=-1)), k
 

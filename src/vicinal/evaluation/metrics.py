@@ -149,9 +149,7 @@ def retrieval_values(
     asked = count.nonzero().flatten()  # the others have no value: their neighbours need not be found
     depth = count.clamp(min=max(ks, default=1))
     for rows, _, found in _neighbours(queries, gallery, asked, depth[asked], exclude):
-        ranked = gallery_labels[found] == query_labels[rows, None]
-        if exclude is not None:
-            ranked &= found != exclude[rows, None]
+        ranked = gallery_labels[found] == query_labels[rows, None]  # itself, where all are ranked, comes after the R-th
         for k in ks:
             values[f"recall@{k}"][rows] = _recall(ranked, count[rows], k)
         values["map@r"][rows] = _average_precision(ranked, count[rows])
