@@ -232,7 +232,8 @@ def _vit_resize(model: nn.Module, size: tuple[int, int]) -> bool:
     patch = pair(patches.patch_size) or (1, 1)
     new = (size[0] // patch[0], size[1] // patch[1])
     old = round((embeddings.position_embeddings.shape[1] - 1) ** 0.5)
-    positions = resample(embeddings.position_embeddings[0], (old, old), new, prefix=1, antialias=False)
+    smooth = hasattr(embeddings, "register_tokens")  # transformers resamples those of that DINOv2 antialiased
+    positions = resample(embeddings.position_embeddings[0], (old, old), new, prefix=1, antialias=smooth)
     embeddings.position_embeddings = nn.Parameter(positions.detach()[None], positions.requires_grad)
     patches.num_patches = new[0] * new[1]
     patches.image_size = size
