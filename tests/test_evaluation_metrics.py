@@ -244,6 +244,15 @@ def test_topk_of_a_gallery_that_is_smaller_than_k(k: int):
         assert torch.isinf(scores[:, -1]).all()
 
 
+def test_topk_of_what_an_encoder_gives_during_training(way: str):
+    """Half precision, a graph behind it, and autocast around it: compared in float32 all the same."""
+    x = whole_numbers(1400, 6, 100, 9).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, rows = topk(x[:50], x, 6)
+    assert torch.equal(rows, exact_topk(x[:50], x, 6)[1])
+    assert not scores.requires_grad
+
+
 def test_topk_of_nothing():
     assert topk(torch.zeros(0, 3), torch.zeros(4, 3), 2)[1].shape == (0, 2)
     assert topk(torch.zeros(2, 3), torch.zeros(0, 3), 2)[1].shape == (2, 0)

@@ -171,8 +171,8 @@ def topk(
     of similarities at a time (512 MB on a GPU), however many queries there are.
 
     Args:
-        queries: float32.
-        gallery: float32, on the same device.
+        queries: of any float; compared in float32, without gradients.
+        gallery: likewise, on the same device.
         k: how many; all of the gallery where it has fewer.
         exclude: the gallery row that is the query itself, -1 for none. It comes last, with score -inf, and only where
             k reaches the whole gallery.
@@ -191,7 +191,7 @@ def topk(
     if k < 1:
         raise ValueError(f"topk needs k >= 1, not {k}")
     k = min(k, len(gallery))
-    scores = queries.new_empty(len(queries), k)
+    scores = torch.empty(len(queries), k, device=queries.device)
     found = torch.empty(len(queries), k, dtype=torch.long, device=queries.device)
     everyone = torch.arange(len(queries), device=queries.device)
     depth = torch.full_like(everyone, k)
@@ -246,6 +246,7 @@ def _neighbours(
     block: int | None = None,
 ) -> Iterator[tuple[Int[Tensor, "q"], Float[Tensor, "q K"], Int[Tensor, "q K"]]]:
     """Blocks of (query rows, scores, gallery rows), at least `depth` of each query in `rows` and at most all."""
+    queries, gallery = queries.detach().float(), gallery.detach().float()
     for vectors in (queries, gallery):
         if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
             raise ValueError("an embedding is not finite (NaN or infinity), so it has no nearest neighbours")
