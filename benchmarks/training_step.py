@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import logging
 import platform
 import statistics
 import time
@@ -177,6 +178,7 @@ def main() -> None:
     parser.add_argument("--parts", action="store_true", help="measure each part of the gain too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    logging.getLogger("vicinal.training").setLevel(logging.ERROR)  # random weights see noise all alike: a collapse
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
     print(f"batch {BATCH}, {arguments.steps} steps a round, {arguments.rounds} rounds")
     print("| method | px | precision | way | ms a step | times the plain loop's speed | last loss |")
