@@ -94,9 +94,7 @@ def main() -> None:
     files = every[:: len(every) // arguments.images][: arguments.images]
     cpu = torch.backends.cpu.get_cpu_capability()
     print(f"{len(files)} photos, {arguments.rounds} rounds, torch {torch.__version__}, {cpu}")
-    print(
-        f"{'photos':14}{'open_clip':>12}{'vicinal':>12}  {'ratio':18}{'mean':>9}{'>= .9998':>10}{'least':>9}{'bytes':>9}"
-    )
+    print("photos           open_clip     vicinal  ratio                  mean  >= .9998    least    bytes")
     with tempfile.TemporaryDirectory() as folder:
         for name, size in CASES.items():
             photos = files if size is None else enlarged(files, size, Path(folder))
