@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pictures import write_folder
 
+from pictures import write_folder
 from vicinal.models import backbones
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe

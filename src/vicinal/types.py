@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypedDict
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -68,6 +67,7 @@ class Embeddings:
         ids: N names, unique, by which pictures are found again.
         classes: the names of the labels, C of them. Two Embeddings are comparable if their `classes` are equal.
 
+    >>> import torch
     >>> e = Embeddings(torch.eye(2), torch.tensor([0, 1]), ("a.png", "b.png"), ("cat", "dog"))
     >>> len(e), e.where(e.labels == 1).ids
     (2, ('b.png',))
@@ -123,6 +123,7 @@ class PerQuery:
         units: "Q", the independent unit that each query belongs to: its class, where classes are sampled.
         macro: average over units first (macro accuracy), instead of over queries.
 
+    >>> import torch
     >>> PerQuery({"recall@1": torch.tensor([[1.0, 0.0]])}, torch.tensor([0, 0])).macro
     False
     """
