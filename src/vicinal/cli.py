@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,8 @@ Model = Annotated[str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `
 
 def main() -> None:
     """Run the command line; what the user gave wrong ends in one clear line, not in a trace."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("vicinal").setLevel(logging.INFO)  # the licence of a model, before it is downloaded
     try:
         app()
     except InputError as error:
