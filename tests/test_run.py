@@ -237,3 +237,31 @@ def test_the_same_pixels_are_not_trained_on_and_measured(tmp_path: Path) -> None
     clean = json.loads((clean_out / "results.json").read_text())
     assert results["data"]["train_images"] < clean["data"]["train_images"]
     assert results["data"]["parts"] == clean["data"]["parts"], "what is measured stays"
+
+
+def test_a_stopped_run_goes_on_to_the_same_model(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = recipe(data={"folder": str(photos)}, steps=6, checkpoint_every=2, augment="standard")
+    straight = run(settings, tmp_path / "straight", say=lambda _: None)
+    import vicinal.run as room
+
+    original = room.train_batches
+
+    def cut(*arguments: object, start_step: int = 0, **named: object) -> object:
+        for step, batch in enumerate(original(*arguments, start_step=start_step, **named)):
+            if start_step == 0 and step == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(room, "train_batches", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "stopped", say=lambda _: None)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="resume"):
+        run(settings, tmp_path / "stopped", say=lambda _: None)
+    with pytest.raises(InputError):
+        run(settings.model_copy(update={"lr": 0.5}), tmp_path / "stopped", resume="last", say=lambda _: None)
+    resumed = run(settings, tmp_path / "stopped", resume="last", say=lambda _: None)
+    weights = [(folder / "model" / "model.safetensors").read_bytes() for folder in (straight, resumed)]
+    assert weights[0] == weights[1]
+    steps = [json.loads(line)["step"] for line in (resumed / "history.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
