@@ -156,16 +156,29 @@ def test_topk_leaves_out_what_it_is_told_to(way: str):
     assert not (rows[1::3] == exclude[1::3, None]).any()
 
 
-@pytest.mark.parametrize("offset", [0.0, 5.0, 100.0])
+@pytest.mark.parametrize("offset", [0.0, 5.0, 100.0, 400.0])
 def test_topk_of_unit_vectors_in_a_narrow_cone(way: str, offset: float):
     """Cosines of 0.99 and more, that differ by less than bfloat16 can hold."""
     x = torch.randn(1600, 32, generator=torch.Generator().manual_seed(0))
     x[:, 0] += offset
     x = torch.nn.functional.normalize(x, dim=1)
     scores, rows = topk(x[:80], x, 8)
-    expected, _ = exact_topk(x[:80], x, 8)
-    torch.testing.assert_close(scores, expected, rtol=0, atol=4e-7)
-    torch.testing.assert_close((x[:80, None].double() * x[rows]).sum(2).float(), expected, rtol=0, atol=4e-7)
+    expected_scores, expected_rows = exact_topk(x[:80], x, 8)
+    assert torch.equal(rows, expected_rows)
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=4e-7)
+
+
+def test_what_float32_cannot_tell_apart_is_told_apart(way: str):
+    """Each query is nearer to the second of two items by 2^-26 of its length: float32 has both equal."""
+    x = torch.randn(1500, 8, generator=torch.Generator().manual_seed(4))
+    x = torch.nn.functional.normalize(x, dim=1) / 2
+    x[70] = torch.tensor([1.0, 0, 0, 0, 0, 0, 0, 0])
+    x[900] = torch.tensor([1.0, 2**-13, 0, 0, 0, 0, 0, 0])
+    queries = torch.tensor([[1.0, 2**-13, 0, 0, 0, 0, 0, 0], [1.0, -(2**-13), 0, 0, 0, 0, 0, 0]])
+    scores, rows = topk(queries, x, 2)
+    assert rows.tolist() == [[900, 70], [70, 900]]
+    assert scores.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert topk(queries, x, 1)[1].tolist() == [[900], [70]]
 
 
 def test_the_worst_rounding_of_the_gallery_and_the_scores(way: str):

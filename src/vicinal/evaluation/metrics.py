@@ -16,7 +16,8 @@ x', y', itself rounded to u of its size; y is taken less its mean, which changes
     L_q = the k-th largest of the maxima of disjoint groups of s'_q, so at least k items reach it
     s_qg is among the k largest  =>  s'_qg >= L_q - 2 a_q - u |L_q|
 
-The few items that pass are scored again in float32, and only those are sorted. On a processor with bfloat16 products
+The few items that pass are scored again in float32, those that it cannot tell apart in float64, and only they are
+sorted: the ranking is that of exact arithmetic, whichever way it was found. On a processor with bfloat16 products
 this is bound by them, about four times as fast as by float32 products. Q x G is never held.
 
 Letters: Q queries, q queries of one block, G gallery items, D numbers an embedding, k neighbours, R relevant items,
@@ -45,6 +46,7 @@ PRUNE_FROM = 4096  # gallery items; for fewer, all similarities cost less than c
 SPREAD = 8  # groups there must be for each neighbour asked for, so that seldom two of them share one
 UNIT_BF16 = 2.0**-8
 UNIT_FP32 = 2.0**-24
+CLOSE = 64  # units of rounding by which two float32 products may fall in the wrong order
 
 
 def recall_at_k(similarity: Float[Tensor, "q G"], relevant: Bool[Tensor, "q G"], k: int) -> Float[Tensor, "q"]:
@@ -165,7 +167,7 @@ def topk(
     exclude: Int[Tensor, "Q"] | None = None,
     block: int | None = None,
 ) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
-    """The k gallery rows of largest inner product with each query, best first: exact to float32 rounding.
+    """The k gallery rows of largest inner product with each query, best first: exact.
 
     Memory beside the result: a bfloat16 copy of the gallery where the processor multiplies those natively, and 64 MB
     of similarities at a time (512 MB on a GPU), however many queries there are.
@@ -281,13 +283,13 @@ def _plain(
     if exclude is not None:
         own = (exclude >= 0).nonzero().flatten()
         similarity[own, exclude[own]] = -torch.inf
-    best, found = similarity.topk(k, dim=1)
-    tied = ((similarity >= best[:, -1:]).sum(1) > k).nonzero().flatten()  # more than k: topk took any of them
+    wider = min(k + 4, len(gallery))  # the order at the k-th place, too, is settled below
+    best, found = similarity.topk(wider, dim=1)
+    tied = ((similarity >= best[:, -1:]).sum(1) > wider).nonzero().flatten()  # more than k: topk took any of them
     if len(tied):
-        found[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, :k]
+        found[tied] = similarity[tied].argsort(dim=1, descending=True, stable=True)[:, :wider]
     found = found.sort(dim=1).values
-    scores, order = similarity.gather(1, found).sort(dim=1, descending=True, stable=True)
-    return scores, found.gather(1, order)
+    return _ordered(queries, gallery, similarity.gather(1, found), found, k, float(gallery.norm(dim=1).max()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +338,7 @@ class _Pruned:
             kept = column != exclude[row]
             row, column = row[kept], column[kept]
         score = _inner_products(queries, self.gallery, row, column)
-        scores, found = _best(row, column, score, len(queries), k)
+        scores, found = _ordered(queries, self.gallery, *_rows(row, column, score, len(queries), k), k, self.length)
         if len(heavy):  # so many items within the rounding error that scoring all is cheaper
             own = exclude[heavy] if exclude is not None else None
             scores[heavy], found[heavy] = _plain(queries[heavy], self.gallery, k, own)
@@ -419,18 +421,45 @@ def _inner_products(
         return products.values()
 
 
-def _best(
+def _rows(
     row: Int[Tensor, "P"], column: Int[Tensor, "P"], score: Float[Tensor, "P"], size: int, k: int
-) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-    """The k best of each query's pairs, from pairs in the order of rows, then columns."""
+) -> tuple[Float[Tensor, "q w"], Int[Tensor, "q w"]]:
+    """Pairs in the order of rows, then columns, as one row a query, of at least k places; -inf where there is none."""
     count = torch.bincount(row, minlength=size)
     place = torch.arange(len(row)) - (count.cumsum(0) - count)[row]
     width = max(k, int(count.max()))
     scores = score.new_full((size, width), -torch.inf)
     columns = torch.zeros(size, width, dtype=torch.long)
     scores[row, place], columns[row, place] = score, column
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], columns.gather(1, order[:, :k])
+    return scores, columns
+
+
+def _ordered(
+    queries: Float[Tensor, "q D"],
+    gallery: Float[Tensor, "G D"],
+    scores: Float[Tensor, "q w"],
+    columns: Int[Tensor, "q w"],
+    k: int,
+    length: float,
+) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    """The k best of each row, whose columns ascend; what float32 cannot tell apart is settled in float64.
+
+    `length` is the largest |y_g|.
+    """
+    best, order = scores.sort(dim=1, descending=True, stable=True)
+    close = best[:, :-1] - best[:, 1:] <= CLOSE * UNIT_FP32 * length * queries.norm(dim=1, keepdim=True)
+    if close.any():
+        unclear = functional.pad(close, (0, 1)) | functional.pad(close, (1, 0))
+        row, place = unclear.nonzero(as_tuple=True)
+        place = order[row, place]
+        settled = scores.double()
+        for start in range(0, len(row), 4096):
+            q, w = row[start : start + 4096], place[start : start + 4096]
+            settled[q, w] = (queries[q].double() * gallery[columns[q, w]].double()).sum(1)
+        again = unclear.any(1).nonzero().flatten()
+        order[again] = settled[again].argsort(dim=1, descending=True, stable=True)
+        best[again] = settled[again].gather(1, order[again]).float()
+    return best[:, :k], columns.gather(1, order[:, :k])
 
 
 @lru_cache(maxsize=1)
