@@ -53,8 +53,11 @@ def main() -> None:
     folders = []
     for seed in arguments.seeds:
         folder = arguments.out / f"seed{seed}"
+        recipe = Recipe.load(arguments.recipe, [*arguments.overrides, f"seed={seed}"])
         if not (folder / "results.json").exists():
-            run(Recipe.load(arguments.recipe, [*arguments.overrides, f"seed={seed}"]), folder)
+            run(recipe, folder, resume="last")
+        elif Recipe.load(folder / "recipe.yaml") != recipe:
+            raise SystemExit(f"{folder} is of another recipe; choose another --out")
         folders.append(folder)
     rows = table(folders)
     for part, metrics in rows.items():

@@ -66,7 +66,7 @@ def main() -> None:
             "steps": 200,
         }
     )
-    page = run(recipe, OUT / "run") / "report.html"
+    page = run(recipe, OUT / "run", resume="last") / "report.html"
     print(f"\nOpen {page.resolve()}\n\nWith your own images:")
     print("  vicinal check FOLDER\n  vicinal init FOLDER --out mine.yaml\n  vicinal train mine.yaml out=runs/mine")
 

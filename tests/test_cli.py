@@ -57,7 +57,7 @@ def test_from_a_folder_to_a_page(
     sides = ("--catalog", photos / "a.csv", "--queries", photos / "b.csv")
     assert vicinal(monkeypatch, "eval", out, *sides, "--k", 1, 3, "--device", "cpu", "--json", metrics) == 0
     assert vicinal(monkeypatch, "eval", out, "--catalog", photos, "--queries", photos) == 2
-    assert "60 queries stand in the gallery too" in capsys.readouterr().err
+    assert "60 pictures stand in the queries and in the catalog" in capsys.readouterr().err
     assert {"accuracy@1shot", "accuracy@3shot"} <= set(json.loads(metrics.read_text()))
     vectors = tmp_path / "vectors.safetensors"
     assert vicinal(monkeypatch, "embed", out, photos, "--out", vectors, "--device", "cpu") == 0

@@ -231,12 +231,13 @@ def test_the_same_pixels_are_not_trained_on_and_measured(tmp_path: Path) -> None
     assert not (tmp_path / "refused" / "history.jsonl").exists()
     out = run(recipe(data={"folder": str(photos), "leaks": "drop"}), tmp_path / "dropped", say=lambda _: None)
     results = json.loads((out / "results.json").read_text())
-    assert "the same pixels are measured" in results["data"]["notes"][-1]
+    assert any("the same pixels are asked about" in note for note in results["data"]["notes"])
     clean_photos = write_folder(tmp_path / "clean")
     clean_out = run(recipe(data={"folder": str(clean_photos)}), tmp_path / "c", say=lambda _: None)
     clean = json.loads((clean_out / "results.json").read_text())
     assert results["data"]["train_images"] < clean["data"]["train_images"]
-    assert results["data"]["parts"] == clean["data"]["parts"], "what is measured stays"
+    counts = [{name: part["queries"] for name, part in r["data"]["parts"].items()} for r in (results, clean)]
+    assert counts[0] == counts[1], "what is asked about stays"
 
 
 def test_a_stopped_run_goes_on_to_the_same_model(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,3 +266,61 @@ def test_a_stopped_run_goes_on_to_the_same_model(photos: Path, tmp_path: Path, m
     assert weights[0] == weights[1]
     steps = [json.loads(line)["step"] for line in (resumed / "history.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
+
+
+def test_a_shot_is_never_the_query_itself(tmp_path: Path) -> None:
+    """A twin of a query, under another name, in the rows that only shots are drawn from."""
+    photos = write_folder(tmp_path / "photos")
+    path = write_csv(photos, photos / "table.csv", split=True)
+    for folder in (p for p in photos.iterdir() if p.is_dir()):
+        (folder / "3.png").write_bytes((folder / "4.png").read_bytes())  # val and test
+    with pytest.raises(InputError, match=r"\(test\) and .*3\.png \(catalog\)|3\.png \((catalog|val)\)"):
+        run(recipe(data={"table": str(path)}), tmp_path / "refused", say=lambda _: None)
+    dropped = recipe(data={"table": str(path), "leaks": "drop"})
+    out = run(dropped, tmp_path / "dropped", say=lambda _: None)
+    assert json.loads((out / "results.json").read_text())["data"]["parts"]["joint"]["catalog"] == 0
+
+
+def test_a_refused_run_leaves_the_finished_one_as_it_was(finished: Path, photos: Path) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    other = recipe(data={"folder": str(photos)}, lr=0.5, draws=4)
+    for resume in (None, "last"):
+        with pytest.raises(InputError, match=r"earlier run|another recipe"):
+            run(other, finished, resume=resume, say=lambda _: None)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+def test_nothing_is_selected_on_lone_images(tmp_path: Path) -> None:
+    split = {"class_disjoint": {"holdout": 0.34, "seed": 1, "val": 0.3}}
+    settings = recipe(data={"folder": str(write_folder(tmp_path / "lone", each=1))}, split=split, draws=1)
+    with pytest.raises(InputError, match="wise_ft: auto"):
+        run(settings.model_copy(update={"wise_ft": "auto"}), tmp_path / "refused", say=lambda _: None)
+    assert not (tmp_path / "refused" / "embeddings").exists(), "said before the baseline"
+
+
+def test_a_page_without_its_pictures(photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    out = run(recipe(data={"folder": str(moved)}), tmp_path / "run", say=lambda _: None)
+    shutil.rmtree(moved)
+    assert "MAP@R" in remake_report(out).read_text()
+
+
+def test_epochs_count_images_whatever_is_accumulated(photos: Path, tmp_path: Path) -> None:
+    steps = []
+    for name, accumulate in (("one", 1), ("two", 2)):
+        settings = recipe(data={"folder": str(photos)}, steps=None, epochs=2, accumulate=accumulate)
+        out = run(settings, tmp_path / name, say=lambda _: None)
+        steps.append(json.loads((out / "results.json").read_text())["training"]["steps"])
+    assert steps[0] == 2 * steps[1]
+
+
+def test_evaluate_refuses_the_same_picture_under_another_name(photos: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copied = shutil.copytree(photos, tmp_path / "copied")
+    encoder = load_encoder(MODEL, size=32, random_init=True)
+    sides = [bring(recipe(data={"folder": str(side)}).data) for side in (photos, copied)]
+    with pytest.raises(InputError, match="would find themselves"):
+        evaluate(encoder, *sides, workers=0)

@@ -32,6 +32,7 @@ _HOMES = {
     "embed": "embedding",
     "fit": "training.loop",
     "interpolate": "models.merging",
+    "load_benchmark": "data.benchmarks",
     "load_encoder": "models.backbones",
     "merge": "models.adapters",
     "paired_difference": "evaluation.intervals",
@@ -47,6 +48,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
+    from vicinal.data.benchmarks import load_benchmark as load_benchmark
     from vicinal.data.check import check as check
     from vicinal.data.manifest import Manifest as Manifest
     from vicinal.data.sources import read_coco as read_coco

@@ -29,6 +29,9 @@ Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table
 Model = Annotated[str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, or a folder.")]
 
 
+Columns = Annotated[list[str] | None, typer.Option("--column", help="`label=brand`: a column by its name there.")]
+
+
 def main() -> None:
     """Run the command line; what the user gave wrong ends in one clear line, not in a trace."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -48,15 +51,16 @@ def init(
     source: Source,
     out: Annotated[Path, typer.Option(help="Where to write the recipe.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="The model to begin with.")] = "open_clip:ViT-B-16/datacomp_xl_s13b_b90k",
+    columns: Columns = None,
 ) -> None:
     """Write a recipe for your folder or table, with what was found in it."""
     from vicinal.recipe import starter
     from vicinal.run import bring_path
 
-    kind, manifest = bring_path(source)
+    kind, manifest = bring_path(source, _pairs(columns))
     if out.exists():
         raise InputError(f"{out} exists already; name another with --out")
-    out.write_text(starter(kind, source, manifest, model), encoding="utf-8")
+    out.write_text(starter(kind, source, manifest, model, _pairs(columns)), encoding="utf-8")
     print(f"{len(manifest):,} images of {len(manifest.classes):,} classes found.\nWritten: {out}")
     print(f"Next:    vicinal check {source}\n         vicinal train {out} out=runs/{source.stem}")
 
@@ -64,7 +68,7 @@ def init(
 @app.command()
 def check(
     source: Source,
-    columns: Annotated[list[str] | None, typer.Option("--column", help="`label=brand`: its name there.")] = None,
+    columns: Columns = None,
     near: Annotated[bool, typer.Option(help="Look for near duplicates too.")] = True,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings here as well.")] = None,
 ) -> None:
@@ -88,12 +92,13 @@ def prepare(
     holdout: Annotated[float, typer.Option(help="Share of the classes held out.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the shuffle of the sorted classes.")] = 42,
     format: Annotated[str, typer.Option(help="coco or parquet.")] = "coco",
+    columns: Columns = None,
 ) -> None:
     """Write public and holdout tables by ratio and seed; images stay where they are."""
     from vicinal.data.sources import prepare as prepare_manifest
     from vicinal.run import bring_path
 
-    _, manifest = bring_path(source)
+    _, manifest = bring_path(source, _pairs(columns))
     for path in prepare_manifest(manifest, out, holdout=holdout, seed=seed, format=format):
         print(path)
 
@@ -105,13 +110,14 @@ def embed(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
     size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
     device: str = "auto",
+    columns: Columns = None,
 ) -> None:
     """Embed every image once, to a file of unit vectors, labels and ids."""
     from vicinal.embedding import default_cache
     from vicinal.embedding import embed as embed_manifest
     from vicinal.run import bring_path, open_uri
 
-    _, manifest = bring_path(source)
+    _, manifest = bring_path(source, _pairs(columns))
     embeddings = embed_manifest(open_uri(model, size=size), manifest, cache=default_cache(), device=device)
     embeddings.save(out)
     print(f"{out}: {len(embeddings):,} vectors of {embeddings.vectors.shape[1]} numbers")
@@ -141,6 +147,7 @@ def evaluate(
     more: Annotated[list[str] | None, typer.Argument(help="More numbers of shots.")] = None,
     size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
     device: str = "auto",
+    columns: Columns = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the metrics here as well.")] = None,
 ) -> None:
     """Measure a model or a run on separate catalog and query files: `--k 1 3 10`."""
@@ -153,8 +160,8 @@ def evaluate(
     shots = [*(k or ([] if more else [1, 3, 10])), *(_whole(word) for word in more or [])]
     metrics = evaluate_model(
         open_uri(model, size=size),
-        bring_path(catalog)[1],
-        bring_path(queries)[1],
+        bring_path(catalog, _pairs(columns))[1],
+        bring_path(queries, _pairs(columns))[1],
         shots=shots,
         cache=default_cache(),
         device=device,

@@ -90,7 +90,7 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
 
 def default_cache() -> Path:
     """Where embeddings are kept: $VICINAL_CACHE, else the user's cache folder."""
-    return Path(os.environ.get("VICINAL_CACHE") or Path.home() / ".cache" / "vicinal") / "embeddings"
+    return Path(os.environ.get("VICINAL_CACHE") or "~/.cache/vicinal").expanduser() / "embeddings"
 
 
 def embed(
@@ -126,7 +126,7 @@ def embed(
     """
     target = pick_device(str(device))
     dtype = autocast_dtype(precision, target)
-    store = _Store(Path(cache), _model_key(encoder, dtype)) if cache is not None else None
+    store = _Store(Path(cache).expanduser(), _model_key(encoder, dtype)) if cache is not None else None
     keys = _row_keys(manifest, on_error) if store else [None] * len(manifest)
     known = store.read() if store else {}
     missing = [i for i, key in enumerate(keys) if key is None or key not in known]

@@ -106,6 +106,10 @@ class Data(_Strict):
         if len(given) != 1:
             choices = ", ".join(ONE_OF["data"])
             raise ValueError(f"give exactly one of {choices}; found {', '.join(given) or 'none'}")
+        read = {"table": {"columns", "root"}, "coco": {"root"}, "hub": {"columns"}}.get(given[0], set())
+        for key in ("columns", "root"):
+            if getattr(self, key) and key not in read:
+                raise ValueError(f"{key} has no meaning for data.{given[0]}; leave it out")
         return self
 
     @property
@@ -251,6 +255,11 @@ class Recipe(_Strict):
     def _consistent(self) -> Recipe:
         if self.augment not in AUGMENT:
             raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
+        if self.loss.chosen[0] in PAIR_LOSSES and (self.sampler.pk is None or self.sampler.pk.images_per_class < 2):
+            raise ValueError(
+                f"loss.{self.loss.chosen[0]} compares images of one class in a batch, so it needs "
+                "sampler: {pk: {classes: 16, images_per_class: 4}}"
+            )
         if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:
             raise ValueError("wise_ft: auto chooses on validation classes; set split.class_disjoint.val above 0")
         return self
@@ -295,7 +304,9 @@ class Recipe(_Strict):
         return yaml.safe_dump(_without_unchosen(content), sort_keys=False, allow_unicode=True, width=120)
 
 
-def starter(kind: str, source: str | Path, manifest: Manifest, model: str) -> str:
+def starter(
+    kind: str, source: str | Path, manifest: Manifest, model: str, columns: Mapping[str, str] | None = None
+) -> str:
     """A commented recipe for the data that was found: what it holds decides the split and the sampler.
 
     >>> import pyarrow as pa
@@ -305,12 +316,13 @@ def starter(kind: str, source: str | Path, manifest: Manifest, model: str) -> st
     # 2 images of 2 classes, 1.0 images a class on average; columns: image, label, split
     """
     images, classes = len(manifest), len(manifest.classes)
-    columns = ", ".join(manifest.names())
+    mapped = f", columns: {json.dumps(dict(columns))}" if columns else ""
+    holdout = 0.2 if classes >= 5 else 0.5
     lines = [
         f"# {images:,} images of {classes:,} classes, {images / max(1, classes):.1f} images a class on average; "
-        f"columns: {columns}",
-        f"data:    {{{kind}: {json.dumps(str(source))}}}",
-        "split:   {class_disjoint: {holdout: 0.2, seed: 42}}      # 20 % of the classes are never seen in training",
+        f"columns: {', '.join(manifest.names())}",
+        f"data:    {{{kind}: {json.dumps(str(source))}{mapped}}}",
+        f"split:   {{class_disjoint: {{holdout: {holdout}, seed: 42}}}}      # this share of the classes is never seen",
         f"model:   {model}",
         "adapt:   [{lora: {rank: 8}}]",
         "loss:    {arcface: {margin: 0.3, scale: 20}}",

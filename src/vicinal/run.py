@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -87,6 +88,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     """
     out = Path(out).expanduser()
     started = time.monotonic()
+    _refuse_other_run(recipe, out, resume)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "recipe.yaml", recipe.to_yaml())
     _seed(recipe.seed)
@@ -94,6 +96,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
 
     manifest = bring(recipe.data)
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
+    _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
     original = open_model(recipe)
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
 
@@ -108,14 +111,14 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     save_scores(before_scores, out / "scores" / "before.safetensors")
 
     train = manifest.where(division.train).compact()
-    if recipe.split.grouped and "group" in train.names():  # pair losses would never push a group's images apart
+    if recipe.split.grouped and recipe.split.grouped.column == "group":  # else pair losses never push its images apart
         train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
     objective = _objective(encoder, original, train, everything.where(division.train), recipe)
     transform = train_transform(encoder.preprocess, recipe.augment)
     sampler = _sampler(train, recipe)
-    steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler)))
+    steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
 
     def batches(start_step: int) -> Iterator[Batch]:
         return train_batches(train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step)
@@ -124,12 +127,12 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     say(f"training: {counts['trained']:,} of {counts['total']:,} parameters, {steps:,} steps on {device}")
     optimizer = _optimizer(objective, recipe)
     val = manifest.where(division.val)
-    selected = len(val) > 0
+    selected = _can_select(val)
     fitted = fit(
         objective.to(device),
         batches,
         optimizer,
-        warmup_cosine(optimizer, steps=steps, warmup=round(recipe.warmup * steps)),
+        warmup_cosine(optimizer, steps=steps, warmup=min(steps - 1, round(recipe.warmup * steps))),
         steps=steps,
         evaluate=(lambda: _validate(encoder, val, recipe)) if selected else None,
         evaluate_every=recipe.evaluate_every or max(1, math.ceil(steps / 5)),
@@ -300,6 +303,7 @@ def evaluate(
             "add a reference image of each, or leave those queries out"
         )
     classes = catalog.compact().classes
+    _refuse_same_pictures(catalog, queries, workers)
     gallery, asked = (
         embed(encoder, side.with_classes(classes), cache=cache, device=device, workers=workers)
         for side in (catalog, queries)
@@ -308,6 +312,21 @@ def evaluate(
         **mean(retrieval_scores(asked, gallery, ks=tuple(ks))),
         **mean(prototype_scores(asked, gallery, shots=tuple(shots), draws=draws, seed=seed)),
     }
+
+
+def _refuse_same_pictures(catalog: Manifest, queries: Manifest, workers: int | None) -> None:
+    common = Path(os.path.commonpath([catalog.root.resolve(), queries.root.resolve()]))
+    sides = [side.rebased(common) for side in (catalog, queries)]
+    if any("split" in side.names() for side in sides):  # the word of interest here is which side a row is on
+        sides = [replace(side, table=side.table.select([c for c in side.names() if c != "split"])) for side in sides]
+    both = Manifest.united({"train": sides[0], "test": sides[1]})
+    asked = torch.tensor([word == "test" for word in both.column("split")])
+    found = leaks(both, {"catalog": ~asked, "queries": asked}, workers=workers)
+    if found:
+        raise InputError(
+            f"{len(found)} pictures stand in the queries and in the catalog, the first {found[0].file} and "
+            f"{found[0].other}, and would find themselves; take them out of one side"
+        )
 
 
 def remake_report(out: str | Path, *, manifest: Manifest | None = None) -> Path:
@@ -320,16 +339,23 @@ def remake_report(out: str | Path, *, manifest: Manifest | None = None) -> Path:
         raise InputError(f"{out} is not a finished run folder: {error.filename} is missing") from error
     history_path = out / "history.jsonl"
     history = [json.loads(line) for line in history_path.read_text().splitlines()] if history_path.exists() else []
-    if manifest is None:
-        manifest = bring(Recipe.load(out / "recipe.yaml").data)
     sides = {
         side: {p.stem: Embeddings.load(p) for p in sorted((out / "embeddings" / side).glob("*.safetensors"))}
         for side in ("before", "after")
     }
     record = Record(results=results, history=history, recipe=recipe_text, before=sides["before"], after=sides["after"])
     page = out / "report.html"
-    _write(page, report(record, picture_of(manifest)))
+    try:
+        pictures = picture_of(manifest or bring(Recipe.load(out / "recipe.yaml").data))
+    except InputError as error:
+        logging.getLogger(__name__).warning("the page is made without pictures: %s", error)
+        pictures = _no_picture
+    _write(page, report(record, pictures))
     return page
+
+
+def _no_picture(name: str) -> None:
+    """No images, no thumbnails; the rest of the page needs none."""
 
 
 def picture_of(manifest: Manifest) -> Callable[[str], Image | None]:
@@ -381,18 +407,55 @@ def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, lis
 
 def _divide(manifest: Manifest, recipe: Recipe) -> Division:
     kind, settings = recipe.split.chosen
-    return divide(manifest, kind, **settings.model_dump())
+    division = divide(manifest, kind, **settings.model_dump())
+    if not _can_select(manifest.where(division.val)):
+        if recipe.wise_ft == "auto":
+            raise InputError(
+                "wise_ft: auto chooses on validation images, and this split keeps no two classes of two images for it; "
+                f"raise split.{kind}.val, or give wise_ft a number"
+            )
+        note = "nothing is selected on: the validation part has no two classes of two images; the last step is kept"
+        division = replace(division, notes=(*division.notes, note))
+    elif recipe.wise_ft == "auto" and not division.selects_on_new_classes(manifest):
+        raise InputError(
+            "wise_ft: auto chooses on classes that were not trained on; under this split the validation classes were: "
+            "use split.class_disjoint, or give wise_ft a number"
+        )
+    return division
+
+
+def _can_select(val: Manifest) -> bool:
+    """Two classes of two images: among those of one class every neighbour is right, a lone image has none."""
+    return int((torch.bincount(val.labels()) > 1).sum()) >= 2 if len(val) else False
+
+
+def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> None:
+    """Before anything in the folder is written over."""
+    if resume is None and any((out / "checkpoints").glob("*")):
+        raise InputError(
+            f"{out} holds the checkpoints of an earlier run; go on with resume=last (--resume last), choose another "
+            "out, or delete it"
+        )
+    kept = out / "recipe.yaml"
+    if resume is not None and kept.exists() and _identity(Recipe.load(kept)) != _identity(recipe):
+        raise InputError(f"{out} holds a run of another recipe, which this one cannot resume; choose another out")
 
 
 def _without_leaks(manifest: Manifest, division: Division, recipe: Recipe) -> Division:
-    """The same picture must not be trained on and measured, under whatever name or label.
+    """The same picture must not be a query and be trained on, selected on, or drawn as a shot, under whatever name.
 
-    What is measured stays as it is: with `data.leaks: drop` the copy that would be trained or selected on goes.
+    The queries stay as they are: with `data.leaks: drop` the other copy goes.
     """
-    tested = torch.stack([part.queries for part in division.parts.values()]).any(0)
-    images = np.array(manifest.column("image"))
-    train, val, dropped = division.train.clone(), division.val.clone(), 0
-    while found := leaks(manifest, {"test": tested, "val": val, "train": train}, workers=recipe.workers):
+    tested = division.queries()
+    support = division.measured() & ~tested & ~division.train & ~division.val
+    sides = {"test": tested, "val": division.val, "catalog": support, "train": division.train}
+    ids = np.array(manifest.column("image"))
+    gone = torch.zeros_like(tested)
+    while found := [
+        leak
+        for leak in leaks(manifest, {name: mask & ~gone for name, mask in sides.items()}, workers=recipe.workers)
+        if "catalog" not in (leak.part, leak.other_part) or "test" in (leak.part, leak.other_part)
+    ]:
         if recipe.data.leaks == "raise":
             pairs = "; ".join(f"{a.file} ({a.part}) and {a.other} ({a.other_part})" for a in found[:3])
             raise InputError(
@@ -400,15 +463,13 @@ def _without_leaks(manifest: Manifest, division: Division, recipe: Recipe) -> Di
                 "that are in the data twice; remove one of each, or train without them by data.leaks=drop"
             )
         for leak in found:
-            sides = {leak.part: leak.file, leak.other_part: leak.other}
-            mask, part = (train, "train") if "train" in sides else (val, "val")
-            rows = torch.from_numpy(images == sides[part]) & mask
-            dropped += int(rows.sum())
-            mask &= ~rows
-    notes = division.notes
-    if dropped:
-        notes += (f"{dropped} images left out of training and selection: the same pixels are measured in another row",)
-    return Division(train, val, division.parts, notes)
+            files = {leak.part: leak.file, leak.other_part: leak.other}
+            part = next(name for name in ("train", "catalog", "val") if name in files)
+            gone |= torch.from_numpy(ids == files[part]) & sides[part]
+    if not gone.any():
+        return division
+    note = f"{int(gone.sum())} images left out of training, selection and shots: the same pixels are asked about"
+    return division.without(gone, note)
 
 
 def _adapters(recipe: Recipe) -> list[dict[str, Any]]:
@@ -423,7 +484,7 @@ def _objective(
     if name in PROXY_LOSSES:
         proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
         if recipe.class_means:
-            if encoder.embedding_dim == original.embedding_dim:
+            if isinstance(encoder.head, torch.nn.Identity):
                 vectors = untuned.vectors
             else:  # a new head: the means have to pass through it
                 vectors = embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
@@ -462,8 +523,6 @@ def _interpolated(
         return merge(tuned), 1.0, []
     if recipe.wise_ft != "auto":
         return interpolate(original, tuned, recipe.wise_ft), recipe.wise_ft, []
-    if len(val) == 0:
-        raise InputError("wise_ft: auto chooses on validation images, and the split has none")
     curve = []
     for weight in WISE_FT_WEIGHTS:
         metrics = _validate(interpolate(original, tuned, weight), val, recipe)

@@ -50,6 +50,24 @@ class Division:
     parts: Mapping[str, Part]
     notes: tuple[str, ...] = ()
 
+    def queries(self) -> Bool[Tensor, "N"]:
+        """The rows that some part asks about."""
+        return torch.stack([part.queries for part in self.parts.values()]).any(0)
+
+    def without(self, gone: Bool[Tensor, "N"], note: str) -> Division:
+        """The same division with these rows in no training, validation, catalog or fallback; queries stay."""
+
+        def cut(mask: Tensor | None) -> Tensor | None:
+            return None if mask is None else mask & ~gone
+
+        parts = {name: Part(p.queries, cut(p.catalog), cut(p.fallback)) for name, p in self.parts.items()}
+        return Division(self.train & ~gone, self.val & ~gone, parts, (*self.notes, note))
+
+    def selects_on_new_classes(self, manifest: Manifest) -> bool:
+        """Whether no class of the validation part is trained on."""
+        labels = manifest.labels()
+        return not bool(torch.isin(labels[self.val], labels[self.train]).any())
+
     def measured(self) -> Bool[Tensor, "N"]:
         """The rows that some part needs."""
         needed = torch.zeros_like(self.train)
@@ -81,7 +99,8 @@ def divide(
     """Divide a manifest as a recipe's `split` says.
 
     Args:
-        manifest: its `split` column, where it has one, is respected by every kind.
+        manifest: its `split` column, where it has one, is respected by "class_disjoint" and "official"; "grouped"
+            divides anew, by group.
         kind: "class_disjoint", "official" or "grouped".
         holdout: share of the classes (or groups) that are tested on and never trained on.
         seed: of every shuffle.
@@ -169,7 +188,7 @@ def _grouped_masks(manifest: Manifest, column: str, holdout: float, val: float, 
     test = grouped(groups, holdout=holdout, seed=seed)
     rest = [i for i, held in enumerate(test.tolist()) if not held]
     selected = torch.zeros_like(test)
-    if val:
+    if int(len({groups[i] for i in rest}) * val) >= 1:
         selected[rest] = grouped([groups[i] for i in rest], holdout=val, seed=seed)
     return {"train": ~test & ~selected, "val": selected, "test": test}
 
