@@ -166,7 +166,7 @@ def test_an_optimiser_without_the_class_weights_is_an_error():
         ({"evaluate": lambda: {"recall@1": 1.0}}, r"no metric 'map@r'.*recall@1"),
         ({"ema": 1.5}, "ema"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value[:20],
 )
 def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], message: str):
     objective = Tiny()
