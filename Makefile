@@ -14,6 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# Two processes of one thread each: more would only wait for one another.
+test quick check: export OMP_NUM_THREADS = 1
+
 demo: install
 	$(BIN)/python examples/demo.py
 
