@@ -35,7 +35,7 @@ from torch.nn.functional import normalize
 WIDTH = 512
 CASES = {
     "20000x5": (20_000, 5, 2.2),
-    "60502x5": (60_502, 5, 2.3),
+    "60502x5": (60_502, 5, 2.12),
     "6000x60": (6_000, 60, 2.6),
 }  # items, a class, noise
 Values = dict[str, float]
