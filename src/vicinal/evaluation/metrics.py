@@ -17,7 +17,7 @@ x', y', itself rounded to u of its size; y is taken less its mean, which changes
     s_qg is among the k largest  =>  s'_qg >= L_q - 2 a_q - u |L_q|
 
 The few items that pass are scored again in float32, those that it cannot tell apart in float64, and only they are
-sorted: the ranking is that of exact arithmetic, whichever way it was found. On a processor with bfloat16 products
+sorted: the ranking is that of float64 products, whichever way it was found. On a processor with bfloat16 products
 this is bound by them, about four times as fast as by float32 products. Q x G is never held.
 
 Letters: Q queries, q queries of one block, G gallery items, D numbers an embedding, k neighbours, R relevant items,
@@ -167,7 +167,7 @@ def topk(
     exclude: Int[Tensor, "Q"] | None = None,
     block: int | None = None,
 ) -> tuple[Float[Tensor, "Q k"], Int[Tensor, "Q k"]]:
-    """The k gallery rows of largest inner product with each query, best first: exact.
+    """The k gallery rows of largest inner product with each query, best first: exact, as float64 ranks them.
 
     Memory beside the result: a bfloat16 copy of the gallery where the processor multiplies those natively, and 64 MB
     of similarities at a time (512 MB on a GPU), however many queries there are.
