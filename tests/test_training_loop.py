@@ -20,7 +20,7 @@ from vicinal.training.checkpoint import Checkpoints
 from vicinal.training.collapse import collapsed, effective_rank, spread
 from vicinal.training.history import History
 from vicinal.training.loop import FitResult, fit
-from vicinal.types import Batch, InputError
+from vicinal.types import Batch, Estimate, InputError
 
 
 def train(objective: nn.Module, steps: int, *, lr: float = 1e-2, **settings: Any) -> FitResult:  # noqa: ANN401
@@ -225,6 +225,21 @@ def test_a_training_that_only_harms_leaves_the_untrained_model():
     result = train(objective, 6, evaluate=evaluate, evaluate_every=2)
     assert result.best_step == 0
     assert equal(weights(objective), before)
+
+
+@pytest.mark.parametrize(("last_high", "best"), [(0.89, 4), (0.9, 8)])
+def test_with_intervals_the_last_step_is_kept_unless_the_best_lies_above_them(last_high: float, best: int):
+    objective = Tiny()
+    highs = iter([0.95, 0.95, 0.95, 0.95, last_high, 0.95])
+    evaluate, seen = scripted(objective, [0.1, 0.2, 0.9, 0.3, 0.7, 0.9])
+
+    def estimates() -> dict[str, Estimate]:
+        high = next(highs)
+        return {name: Estimate(value, 0.0, high, n=9, queries=9) for name, value in evaluate().items()}
+
+    result = train(objective, 8, evaluate=estimates, evaluate_every=2)
+    assert (result.best_step, result.best_value) == ((4, 0.9) if best == 4 else (8, 0.7))
+    assert equal(weights(objective), seen[best // 2])
 
 
 def test_an_evaluation_that_cannot_be_repeated_is_said(caplog: pytest.LogCaptureFixture):

@@ -507,12 +507,11 @@ def _optimizer(objective: LabelObjective, recipe: Recipe) -> torch.optim.Optimiz
     return build_optimizer(recipe.optimizer, groups)
 
 
-def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> dict[str, float]:
+def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> Metrics:
     embeddings = embed(
         encoder, val, workers=recipe.workers, device=recipe.device, precision=recipe.precision, batch_size=128
     )
-    scores = retrieval_scores(embeddings, ks=tuple(recipe.recall_at))
-    return {name: float(torch.nanmean(values)) for name, values in scores.values.items()}
+    return mean(retrieval_scores(embeddings, ks=tuple(recipe.recall_at)))
 
 
 def _interpolated(
@@ -526,7 +525,7 @@ def _interpolated(
     curve = []
     for weight in WISE_FT_WEIGHTS:
         metrics = _validate(interpolate(original, tuned, weight), val, recipe)
-        curve.append({"weight": weight} | metrics)
+        curve.append({"weight": weight} | {name: estimate.value for name, estimate in metrics.items()})
     best = max(curve, key=lambda point: point[recipe.monitor])["weight"]
     say(f"interpolation: weight {best} is best on validation")
     return interpolate(original, tuned, best), best, curve

@@ -34,7 +34,7 @@ from vicinal.training.checkpoint import Checkpoints, load_checkpoint, load_train
 from vicinal.training.collapse import collapsed
 from vicinal.training.devices import accelerator_for
 from vicinal.training.history import History, Meter, ProgressBar
-from vicinal.types import Batch, InputError
+from vicinal.types import Batch, Estimate, InputError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,7 +50,7 @@ class FitResult:
 
     Args:
         steps: taken, those before a resume included.
-        best_step: the step of the best evaluation; 0 is the model before training. Without evaluation, the last step.
+        best_step: the step whose weights were kept; 0 is the model before training. Without evaluation, the last step.
         best_value: the monitored metric there, measured once more after the weights were restored; NaN without.
         history: the rows of `history.jsonl`.
         stopped_early: for want of improvement.
@@ -72,7 +72,7 @@ def fit(
     scheduler: LRScheduler,
     *,
     steps: int,
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate: Callable[[], Mapping[str, float | Estimate]] | None = None,
     evaluate_every: int = 500,
     monitor: str = "map@r",
     out: Path | None = None,
@@ -102,7 +102,8 @@ def fit(
         steps: of the optimiser.
         evaluate: measures the objective as it then is; larger is better. It is called before the first step (so a
             training that only harms is found out), every `evaluate_every` steps, after the last, and after the best
-            weights were restored.
+            weights were restored. Where it gives intervals, the last step is kept unless the best lies above its
+            interval: the best of several noisy looks is often only the luckiest, and its learning rate was still high.
         evaluate_every: in steps.
         monitor: the metric by which the best step is chosen and early stopping decides.
         out: the run folder, which gets `history.jsonl`, `checkpoints/` and the trackers' files. None: nothing is
@@ -217,7 +218,7 @@ def fit(
                     run.warn_of_collapse(parts, batch)
                 paused = time.monotonic()
                 if evaluates:
-                    run.evaluate(min_delta)
+                    run.evaluate(min_delta, last=last)
                     state.stopped = patience is not None and state.evaluations_since_best >= patience
                 if saves or state.stopped:
                     run.save()
@@ -262,7 +263,7 @@ class _Run:
         scheduler: LRScheduler,
         accelerator: Accelerator,
         checkpoints: Checkpoints | None,
-        evaluate: Callable[[], Mapping[str, float]] | None,
+        evaluate: Callable[[], Mapping[str, float | Estimate]] | None,
         monitor: str,
         ema: float | None,
         identity: str,
@@ -327,15 +328,15 @@ class _Run:
             "set precision=fp32. " + (f"The last good checkpoint is {last}" if last else "There is no checkpoint yet")
         )
 
-    def evaluate(self, min_delta: float = 0.0) -> None:
-        """Measure, write it down, and keep the weights if they are the best so far."""
+    def evaluate(self, min_delta: float = 0.0, *, last: bool = False) -> None:
+        """Measure, write it down, and keep the weights if they are the best so far, or as good by what is known."""
         state = self.state
         with self._averaged():
-            values = self._measured()
+            values, high = self._measured()
             self.history.add({"step": state.step, "val": values})
             self.accelerator.log({f"val/{k}": v for k, v in values.items()}, step=state.step)
             value = values[self.monitor] if math.isfinite(values[self.monitor]) else -math.inf
-            if state.best_step is None or value > state.best_value:
+            if state.best_step is None or value > state.best_value or (last and high >= state.best_value):
                 state.best_step, state.best_value = state.step, value
                 self._keep_as_best()
         # Any gain is worth keeping, but only one of more than min_delta is worth waiting on.
@@ -344,12 +345,15 @@ class _Run:
         else:
             state.evaluations_since_best += 1
 
-    def _measured(self) -> dict[str, float]:
-        """The metrics by one process, told to the others, so that all decide alike."""
-        told: list[Any] = [None]
+    def _measured(self) -> tuple[dict[str, float], float]:
+        """The metrics by one process, and how high the monitored one may lie; told to all, so that they decide alike."""
+        told: list[Any] = [None, -math.inf]
         if self.accelerator.is_main_process and self.measure is not None:
             self.set_to_use()
-            told = [{name: float(value) for name, value in self.measure().items()}]
+            estimates = self.measure()
+            told[0] = {name: float(e.value if isinstance(e, Estimate) else e) for name, e in estimates.items()}
+            if isinstance(watched := estimates.get(self.monitor), Estimate):
+                told[1] = watched.high
             self.set_to_train()
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
@@ -359,7 +363,7 @@ class _Run:
         if self.monitor not in values:
             known = ", ".join(values) or "nothing"
             raise InputError(f"monitor: there is no metric {self.monitor!r}; the evaluation gives {known}")
-        return values
+        return values, told[1]
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
@@ -384,7 +388,7 @@ class _Run:
         load_trained_state(
             self.objective, self.best if self.checkpoints is None else self.checkpoints.load_best(state.best_step)
         )
-        again = self._measured()[self.monitor]
+        again = self._measured()[0][self.monitor]
         if abs(again - state.best_value) > 1e-3:
             logger.warning(
                 "%s was %.4f at step %d, and is %.4f after its weights were restored: the evaluation is not "
