@@ -346,7 +346,7 @@ class _Run:
             state.evaluations_since_best += 1
 
     def _measured(self) -> tuple[dict[str, float], float]:
-        """The metrics by one process, and how high the monitored one may lie; told to all, so that they decide alike."""
+        """The metrics by one process, and how high the watched one may lie; told to all, so that they decide alike."""
         told: list[Any] = [None, -math.inf]
         if self.accelerator.is_main_process and self.measure is not None:
             self.set_to_use()
