@@ -295,6 +295,8 @@ def test_nothing_is_selected_on_lone_images(tmp_path: Path) -> None:
     settings = recipe(data={"folder": str(write_folder(tmp_path / "lone", each=1))}, split=split, draws=1)
     with pytest.raises(InputError, match="wise_ft: auto"):
         run(settings.model_copy(update={"wise_ft": "auto"}), tmp_path / "refused", say=lambda _: None)
+    with pytest.raises(InputError, match=r"patience: there is nothing to evaluate on.*split\.class_disjoint\.val"):
+        run(settings.model_copy(update={"patience": 2}), tmp_path / "refused", say=lambda _: None)
     assert not (tmp_path / "refused" / "embeddings").exists(), "said before the baseline"
 
 

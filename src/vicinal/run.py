@@ -35,6 +35,7 @@ from vicinal.data.sources import read_coco, read_folder, read_hub, read_table
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import autocast_dtype, default_cache, embed, pick_device
 from vicinal.evaluation.intervals import mean, paired_difference
+from vicinal.evaluation.metrics import topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
 from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+SAME_PICTURE = 0.998  # cosine; bf16 rounds the embedding of one picture in two batches to above .9999
 WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -102,7 +104,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
 
     everything = _embed(original, manifest, recipe, "baseline", say)
     manifest, skipped = _readable(manifest, everything)
-    division = _without_leaks(manifest, _divide(manifest, recipe), recipe)
+    division = _without_leaks(manifest, _divide(manifest, recipe), everything, recipe)
     say(f"split: {division}")
     needed = division.measured()
     before = everything.where(needed)
@@ -414,6 +416,12 @@ def _divide(manifest: Manifest, recipe: Recipe) -> Division:
                 "wise_ft: auto chooses on validation images, and this split keeps no two classes of two images for it; "
                 f"raise split.{kind}.val, or give wise_ft a number"
             )
+        unused = [key for key in ("patience", "evaluate_every") if getattr(recipe, key) is not None]
+        if unused:
+            raise InputError(
+                f"{' and '.join(unused)}: there is nothing to evaluate on while training: the validation part of this "
+                f"split has no two classes of two images. Raise split.{kind}.val, or leave {' and '.join(unused)} out"
+            )
         note = "nothing is selected on: the validation part has no two classes of two images; the last step is kept"
         division = replace(division, notes=(*division.notes, note))
     elif recipe.wise_ft == "auto" and not division.selects_on_new_classes(manifest):
@@ -441,14 +449,18 @@ def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> N
         raise InputError(f"{out} holds a run of another recipe, which this one cannot resume; choose another out")
 
 
-def _without_leaks(manifest: Manifest, division: Division, recipe: Recipe) -> Division:
+def _without_leaks(manifest: Manifest, division: Division, untuned: Embeddings, recipe: Recipe) -> Division:
     """The same picture must not be a query and be trained on, selected on, or drawn as a shot, under whatever name.
 
-    The queries stay as they are: with `data.leaks: drop` the other copy goes.
+    The queries stay as they are: with `data.leaks: drop` the other copy goes. Equal pixels have equal embeddings up to
+    rounding, so only pictures that have such a neighbour are opened again and compared.
     """
+    itself = torch.arange(len(untuned))
+    alike = topk(untuned.vectors, untuned.vectors, 1, exclude=itself)[0][:, 0] > SAME_PICTURE
     tested = division.queries()
     support = division.measured() & ~tested & ~division.train & ~division.val
     sides = {"test": tested, "val": division.val, "catalog": support, "train": division.train}
+    sides = {name: mask & alike for name, mask in sides.items()}
     ids = np.array(manifest.column("image"))
     gone = torch.zeros_like(tested)
     while found := [
