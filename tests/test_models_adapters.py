@@ -16,10 +16,12 @@ from tiny_encoders import FAMILIES, dinov2, disturb, images, siglip, timm
 from vicinal.models.adapters import (
     ADAPTERS,
     BitFit,
+    Bottleneck,
     Full,
     LastBlocks,
     LinearHead,
     LoRA,
+    VisualPrompt,
     adapt,
     adapter_state,
     adapters_from_config,
@@ -41,6 +43,8 @@ EXAMPLES = {
     "linear_head": LinearHead(dim=16),
     "bitfit": BitFit(),
     "lora": LoRA(rank=4),
+    "visual_prompt": VisualPrompt(tokens=3),
+    "bottleneck": Bottleneck(dim=5),
 }
 TEXT_NAMES = {
     "timm": (),
@@ -73,7 +77,7 @@ def example(request: pytest.FixtureRequest) -> str:
 
 def test_every_entry_of_the_table_is_walked(encoders: dict[str, Encoder]) -> None:
     assert set(EXAMPLES) == set(ADAPTERS)
-    assert len(ADAPTERS) == 5
+    assert len(ADAPTERS) == 7
     assert len(encoders) == 3
 
 
@@ -92,6 +96,17 @@ def expected(encoder: Encoder, family: str, example: str) -> set[str]:
         keep = "|".join(rf"(blocks|layers)\.{i}\." for i in (last - 2, last - 1))
         after = r"^norm\.|ln_post|visual\.proj|post_layernorm|visual_projection"
         return {f"model.{n}" for n in image if re.search(f"{keep}|{after}", n)}
+    blocks = range(12 if family == "timm" else 3)
+    if example == "visual_prompt":
+        return {f"prompts.tokens.{i}" for i in blocks}
+    if example == "bottleneck":
+        stem = {
+            "timm": "blocks",
+            "open_clip": "visual.transformer.resblocks",
+            "transformers": "vision_model.encoder.layers",
+        }
+        parts = [f"{layer}.{part}" for layer in ("down", "up") for part in ("weight", "bias")]
+        return {f"model.{stem[family]}.{i}.bottleneck.{part}" for i in blocks for part in parts}
     raise AssertionError(example)
 
 
@@ -105,6 +120,10 @@ def test_output_is_the_same_before_the_first_step(encoder: Encoder, example: str
     if example == "linear_head":
         assert adapted.embedding_dim == 16
         assert adapted(images()).shape == (2, 16)
+    elif example == "visual_prompt":  # tokens among tokens are felt from the start
+        assert adapted(images()).shape == encoder(images()).shape
+        adapted.prompts = None
+        torch.testing.assert_close(adapted(images()), encoder(images()), rtol=0, atol=2e-6)
     else:
         torch.testing.assert_close(adapted(images()), encoder(images()), rtol=0, atol=2e-6)
 
@@ -122,7 +141,7 @@ def test_trains_only_what_it_should(encoder: Encoder, family: str, example: str)
 
     before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
     optimizer = torch.optim.SGD(trainable(adapted).values(), lr=0.1)
-    for _ in range(2):  # LoRA's A moves in the second step
+    for _ in range(2):  # LoRA's A and a bottleneck's Wdown move in the second step
         optimizer.zero_grad()
         loss_of(adapted).backward()
         optimizer.step()
@@ -165,14 +184,18 @@ def test_merges_into_the_plain_architecture(encoder: Encoder, example: str) -> N
     disturb(trainable(adapted))
     merged = merge(adapted)
     torch.testing.assert_close(merged(images()), adapted(images()), rtol=0, atol=1e-5)
-    assert list(merged.model.state_dict()) == list(encoder.model.state_dict())
-    assert [type(module) for module in merged.model.modules()] == [type(module) for module in encoder.model.modules()]
+    if example == "bottleneck":
+        assert list(merged.model.state_dict()) == list(adapted.model.state_dict())
+    else:
+        assert list(merged.model.state_dict()) == list(encoder.model.state_dict())
+        types = [type(module) for module in merged.model.modules()]
+        assert types == [type(module) for module in encoder.model.modules()]
     assert merged.anatomy == encoder.anatomy
     assert "peft_config" not in vars(merged.model)
     assert trainable(merged) == {}
     if example != "linear_head":
         assert (merged(images()) - encoder(images())).abs().max() > 1e-3
-        assert merged.adapters == ()
+        assert merged.adapters == ((EXAMPLES[example],) if example in ("visual_prompt", "bottleneck") else ())
     assert adapted.adapters == (EXAMPLES[example],)  # the given one stays
 
 
@@ -209,14 +232,16 @@ def test_state_holds_running_statistics_of_trained_modules() -> None:
     assert not [name for name in adapter_state(model) if name.startswith("2.")]
 
 
-@pytest.mark.parametrize("example", ["linear_head", "lora"])
 def test_an_adapted_encoder_is_saved_and_loaded(encoder: Encoder, example: str, tmp_path: Path) -> None:
     adapted = adapt(encoder, EXAMPLES[example])
     disturb(trainable(adapted))
     loaded = load_encoder(adapted.save(tmp_path / "adapted"))
-    torch.testing.assert_close(loaded(images()), adapted(images()), rtol=0, atol=1e-6)
+    assert trainable(loaded) == {}  # whatever was: what is trained next, the next `adapt` says
+    assert loaded.fingerprint() == adapted.fingerprint()
+    torch.testing.assert_close(loaded(images()), adapted(images()), rtol=0, atol=5e-6)  # frozen, torch fuses more
     merged = load_encoder(merge(adapted).save(tmp_path / "merged"))
     torch.testing.assert_close(merged(images()), adapted(images()), rtol=0, atol=1e-5)
+    assert trainable(merged) == {}
 
 
 # --------------------------------------------------------------------------------------------------------- combinations
@@ -421,10 +446,22 @@ def test_counts(encoders: dict[str, Encoder]) -> None:
         "trained": lora,
         "total": total + lora,
         "inference": total,
+        "added": 0,
     }
     head = 2 * 192 + 192 * 16 + 16
     counts = parameter_counts(adapt(encoder, LinearHead(16)))
-    assert counts == {"trained": head, "total": total + head, "inference": total + head}
+    assert counts == {"trained": head, "total": total + head, "inference": total + head, "added": head}
+    biases = sum(p.numel() for name, p in encoder.named_parameters() if name.endswith("bias"))
+    prompts, narrow = 12 * 10 * 192, 12 * (2 * 192 * 64 + 64 + 192)
+    adapted = adapt(encoder, VisualPrompt(10), BitFit(), Bottleneck(64), LoRA(rank=4), LinearHead(16))
+    added = prompts + narrow + head
+    assert parameter_counts(adapted) == {
+        "trained": added + biases + lora,
+        "total": total + added + lora,
+        "inference": total + added,
+        "added": added,
+    }
+    assert sum(p.numel() for p in merge(adapted).parameters()) == total + added  # what is left to run, counted
 
 
 # ------------------------------------------------------------------------------------------------------- start-up check
@@ -573,6 +610,8 @@ def test_peft_layout_of_the_text_tower_of_open_clip(encoders: dict[str, Encoder]
 def test_peft_layout_refuses_what_it_cannot_hold(encoders: dict[str, Encoder], tmp_path: Path) -> None:
     for encoder, methods, message in (
         (encoders["timm"], (LoRA(), LinearHead(8)), "holds lora alone, here is .*LinearHead"),
+        (encoders["timm"], (LoRA(), VisualPrompt()), "holds lora alone, here is .*VisualPrompt"),
+        (encoders["timm"], (Bottleneck(), LoRA()), "holds lora alone, here is .*Bottleneck"),
         (encoders["timm"], (), "holds lora alone, here is no adapter"),
         (encoders["open_clip"], (LoRA(),), "one fused layer"),
         (

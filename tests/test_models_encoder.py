@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from vicinal.models import encoder as module
-from vicinal.models.adapters import BitFit, Full, LinearHead, LoRA, adapt
+from vicinal.models.adapters import BitFit, Bottleneck, Full, LinearHead, LoRA, VisualPrompt, adapt
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.types import InputError
@@ -145,7 +145,13 @@ def test_the_fingerprint_does_not_see_names_and_modes(clip_encoder: Encoder):
 
 @pytest.mark.parametrize(
     "methods",
-    [(Full(),), (LoRA(rank=2),), (LoRA(rank=2, targets=("attention",)), LinearHead(dim=8)), (BitFit(), LinearHead())],
+    [
+        (Full(),),
+        (LoRA(rank=2),),
+        (LoRA(rank=2, targets=("attention",)), LinearHead(dim=8)),
+        (BitFit(), LinearHead()),
+        (VisualPrompt(depth="shallow"), Bottleneck(dim=4, first_block=1), LinearHead()),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("family", ["timm_encoder", "clip_encoder"])
@@ -157,13 +163,13 @@ def test_an_adapted_encoder_comes_back(
         if parameter.requires_grad:
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     again = load_encoder(encoder.save(tmp_path / "model"))
-    assert torch.equal(again(x(again)), encoder(x(encoder)))
+    with torch.no_grad():  # with gradients torch's attention takes another way where something is trained
+        assert torch.equal(again(x(again)), encoder(x(encoder)))
     assert again.adapters == encoder.adapters
     assert again.embedding_dim == encoder.embedding_dim
     assert again.anatomy == encoder.anatomy
     assert again.fingerprint() == encoder.fingerprint()
-    names = {name for name, p in encoder.named_parameters() if p.requires_grad}
-    assert {name for name, p in again.named_parameters() if p.requires_grad} == names
+    assert not any(p.requires_grad for p in again.parameters())  # what is trained next, the next `adapt` says
 
 
 def test_the_folder_says_what_it_is(timm_encoder: Encoder, tmp_path: Path):

@@ -187,7 +187,7 @@ def _load_saved(uri: str, random_init: bool) -> Encoder:
 
         encoder = adapt(encoder, *adapters_from_config(adapters))
     load_strictly(encoder, read_weights(folder / WEIGHTS_NAME), f"{folder / WEIGHTS_NAME}")
-    return encoder
+    return encoder.requires_grad_(False)  # what was trained then is not what is trained next: `adapt` says that
 
 
 def _not_a_model(uri: str, folder: Path) -> str:

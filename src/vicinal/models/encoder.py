@@ -1,12 +1,14 @@
 """Encoder: one final class around the model of any family; Anatomy says where its parts are.
 
     z = head(image(x)),   t = text(tokens)
+    image(x) = pool(blocks(tokens(x)))        the two halves that prompts need: `patch_tokens` and `encode_tokens`
 
 x: images, "B 3 H W", resized and normalised as `preprocess` says; z, t: embeddings, "B D", not normalised. `image` and
 `text` are plain functions of the family (timm, open_clip, transformers); `head` is the identity, until a LinearHead
 replaces it. Dotted names are those of `Encoder.model.named_modules()`.
 
-Letters: B batch, H W height and width in pixels, D numbers an embedding, L tokens of a text.
+Letters: B batch, H W height and width in pixels, T tokens of an image, C numbers of each, D numbers an embedding, L
+tokens of a text.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vicinal.models.prompts import Halves, Prompts, through_blocks
 from vicinal.types import InputError, Preprocess
 
 __all__ = ["CONFIG_NAME", "FORMAT", "WEIGHTS_NAME", "Anatomy", "Encoder", "Family", "Tokenizer", "Tower"]
@@ -107,12 +110,14 @@ class Family:
         encode_text: (model, tokens "B L") -> "B D"; None for image-only models.
         resize: (model, (height, width)) -> whether its positions are now those of that size: makes the model take
             another input size, in place. False: it takes it all the same, by resampling as it runs.
+        halves: model -> its image tower, cut open in front of the first block; None where that is not known how.
     """
 
     name: str
     encode_image: Callable[[nn.Module, Tensor], Tensor]
     encode_text: Callable[[nn.Module, Tensor], Tensor] | None
     resize: Callable[[nn.Module, tuple[int, int]], bool]
+    halves: Callable[[nn.Module], Halves | None]
 
 
 class Encoder(nn.Module):
@@ -134,6 +139,7 @@ class Encoder(nn.Module):
 
     model: nn.Module
     head: nn.Module
+    prompts: Prompts | None
 
     def __init__(
         self,
@@ -151,6 +157,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.model = model
         self.head = nn.Identity()
+        self.prompts = None
         self.family = family
         self.anatomy = anatomy
         self.preprocess = preprocess
@@ -187,7 +194,52 @@ class Encoder(nn.Module):
 
     def encode_image(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """Embeddings of normalised images, not scaled to length 1, in the mode (train or eval) the encoder is in."""
+        if self.prompts is not None:
+            return self.encode_tokens(self.patch_tokens(images))
         return cast(Tensor, self.head(self.family.encode_image(self.model, images)))
+
+    def patch_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B T C"]:
+        """The first half of `encode_image`: what enters the first block, class and register tokens included.
+
+        Raises:
+            InputError: it is not known how to cut this architecture open.
+        """
+        return self._halves().tokens(images)
+
+    def encode_tokens(
+        self,
+        tokens: Float[Tensor, "B T C"],
+        prompts: Sequence[Tensor | None] | None = None,
+        *,
+        head: nn.Module | None = None,
+    ) -> Float[Tensor, "B D"]:
+        """The second half of `encode_image`: the blocks, with prompts in front of the tokens, the pooling, the head.
+
+        Args:
+            tokens: from `patch_tokens`.
+            prompts: "B N_i C" for each block from the first on, in the place of the encoder's own; they may differ from
+                image to image. They are dropped after their block; a None lets those of the block before go on. Blocks
+                after the list's end have none. None in all: the encoder's own, where it has any.
+            head: in the place of the encoder's own.
+
+        Raises:
+            InputError: it is not known how to cut this architecture open.
+        """
+        halves = self._halves()
+        blocks = [self.model.get_submodule(name) for name in self.anatomy.image.blocks]
+        if prompts is None:
+            prompts = [] if self.prompts is None else self.prompts(len(tokens), len(blocks))
+        features = halves.pool(through_blocks(halves.block, blocks, tokens, prompts))
+        return cast(Tensor, (self.head if head is None else head)(features))
+
+    def _halves(self) -> Halves:
+        halves = self.family.halves(self.model) if self.anatomy.image.blocks else None
+        if halves is None:
+            raise InputError(
+                f"{self.source} cannot be cut open in front of its blocks, so it takes no prompts; use another method, "
+                "such as bitfit or linear_head"
+            )
+        return halves
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """The same as `encode_image`."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from vicinal.models.anatomy import check_divides, find_tower, has_weights, pair, resample, with_weights
 from vicinal.models.encoder import Anatomy, Family, Tokenizer, Tower
-from vicinal.models.from_timm import timm_anatomy, timm_resize
+from vicinal.models.from_timm import timm_anatomy, timm_halves, timm_resize
+from vicinal.models.prompts import Halves
 from vicinal.models.tokenizers import TOKENIZER_FILES, OpenClipTokenizer, without_tokenizer
 from vicinal.models.weights import (
     Crop,
@@ -307,4 +308,19 @@ def _resize(model: nn.Module, size: tuple[int, int]) -> bool:
     return True
 
 
-OPEN_CLIP = Family("open_clip", _encode_image, _encode_text, _resize)
+def _halves(model: nn.Module) -> Halves | None:
+    visual = cast(Any, model).visual
+    if hasattr(visual, "trunk"):
+        trunk = timm_halves(visual.trunk)
+        return trunk and trunk._replace(pool=lambda tokens: visual.head(trunk.pool(tokens)))
+    if not visual.transformer.batch_first:
+        return None
+
+    def pool(tokens: Tensor) -> Tensor:
+        feature = cast(Tensor, visual._pool(tokens)[0])
+        return feature if visual.proj is None else feature @ visual.proj
+
+    return Halves(visual._embeds, lambda block, tokens, prompts: block(tokens), pool)
+
+
+OPEN_CLIP = Family("open_clip", _encode_image, _encode_text, _resize, _halves)

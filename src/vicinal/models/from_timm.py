@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from vicinal.models.anatomy import check_divides, find_tower, has_weights, submodule, with_weights
 from vicinal.models.encoder import Anatomy, Family, Tower
+from vicinal.models.prompts import Halves
 from vicinal.models.weights import Crop, Found, Hub, load_strictly, misfit, mismatches, nearest, read_weights
 from vicinal.types import InputError, Preprocess
 
-__all__ = ["CROPS", "TIMM", "build", "find", "timm_anatomy", "timm_resize"]
+__all__ = ["CROPS", "TIMM", "build", "find", "timm_anatomy", "timm_halves", "timm_resize"]
 
 CROPS: dict[str, Crop] = {"center": "crop", "squash": "squash", "border": "pad"}
 """timm's word -> ours."""
@@ -166,4 +167,36 @@ def timm_resize(model: nn.Module, size: tuple[int, int]) -> bool:
     return True
 
 
-TIMM = Family("timm", _encode_image, None, timm_resize)
+def timm_halves(model: nn.Module) -> Halves | None:
+    """Of the plain vision transformers, and of those with rotary positions (EVA-02, DINOv3); None for others."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    vit = cast(Any, model)
+    if isinstance(model, VisionTransformer):
+        return Halves(
+            lambda images: vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))),
+            lambda block, tokens, prompts: block(tokens),
+            lambda tokens: vit.forward_head(vit.norm(tokens)),
+        )
+    mixed = getattr(model, "rope_mixed", False)  # earlier versions of timm have none that differ from block to block
+    if not isinstance(model, Eva) or mixed or vit.patch_drop is not None:
+        return None
+    angles = None if vit.rope is None else vit.rope.get_embed(shape=vit.patch_embed.grid_size)
+
+    def turned(block: nn.Module, tokens: Tensor, prompts: int) -> Tensor:
+        attention = cast(Any, block).attn
+        attention.num_prefix_tokens += prompts  # prompts have no place in the image: they are not turned
+        try:
+            return cast(Tensor, block(tokens, rope=angles))
+        finally:
+            attention.num_prefix_tokens -= prompts
+
+    return Halves(
+        lambda images: vit.norm_pre(vit._pos_embed(vit.patch_embed(images))[0]),
+        turned,
+        lambda tokens: vit.forward_head(vit.norm(tokens)),
+    )
+
+
+TIMM = Family("timm", _encode_image, None, timm_resize, timm_halves)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vicinal.models.anatomy import check_divides, find_tower, pair, resample, with_weights
 from vicinal.models.encoder import Anatomy, Family, Tokenizer
+from vicinal.models.prompts import Halves
 from vicinal.models.tokenizers import TransformersTokenizer, without_tokenizer
 from vicinal.models.weights import Found, Hub, card_licence, config_json, first_line, known_licence, log, misfit
 from vicinal.types import InputError, Preprocess
@@ -157,9 +158,12 @@ def _tokenizer(where: str, context_length: int, options: Mapping[str, Any]) -> T
 
 def _clip_vision(model: nn.Module, images: Tensor) -> Tensor:
     vision = cast(Any, model).vision_model
-    side = vision.embeddings.image_size  # of a square; any other size is resampled at every call
-    other = tuple(images.shape[-2:]) != (side, side)
-    return cast(Tensor, vision(pixel_values=images, interpolate_pos_encoding=other).pooler_output)
+    return cast(Tensor, vision(pixel_values=images, interpolate_pos_encoding=_clip_other(vision, images)).pooler_output)
+
+
+def _clip_other(vision: nn.Module, images: Tensor) -> bool:
+    side = cast(Any, vision).embeddings.image_size  # of a square; any other size is resampled at every call
+    return tuple(images.shape[-2:]) != (side, side)
 
 
 def _clip_image(model: nn.Module, images: Tensor) -> Tensor:
@@ -181,23 +185,76 @@ def _siglip_text(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _naflex_image(model: nn.Module, images: Tensor) -> Tensor:
     vision = cast(Any, model).vision_model
+    patches_BTC, shapes = _naflex_patches(vision, images)
+    mask = torch.ones(patches_BTC.shape[:2], dtype=torch.int32, device=images.device)
+    return cast(Tensor, vision(patches_BTC, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output)
+
+
+def _naflex_patches(vision: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     B, channels, H, W = images.shape
-    p = vision.embeddings.patch_size
+    p = cast(Any, vision).embeddings.patch_size
     rows, columns = H // p, W // p
     patches_BTC = images.reshape(B, channels, rows, p, columns, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-    shapes = torch.tensor([[rows, columns]], device=images.device).expand(B, 2)
-    mask = torch.ones(B, rows * columns, dtype=torch.int32, device=images.device)
-    return cast(Tensor, vision(patches_BTC, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output)
+    return patches_BTC, torch.tensor([[rows, columns]], device=images.device).expand(B, 2)
 
 
 def _vit_image(model: nn.Module, images: Tensor) -> Tensor:
     vit = cast(Any, model)
-    other = tuple(images.shape[-2:]) != pair(vit.embeddings.patch_embeddings.image_size)
+    other = _vit_other(vit, images)
     return cast(Tensor, vit(pixel_values=images, interpolate_pos_encoding=other).last_hidden_state[:, 0])
+
+
+def _vit_other(vit: nn.Module, images: Tensor) -> bool:
+    return tuple(images.shape[-2:]) != pair(cast(Any, vit).embeddings.patch_embeddings.image_size)
 
 
 def _dino_image(model: nn.Module, images: Tensor) -> Tensor:
     return cast(Tensor, cast(Any, model)(pixel_values=images).last_hidden_state[:, 0])
+
+
+def _clip_halves(model: nn.Module) -> Halves:
+    clip = cast(Any, model)
+    vision = clip.vision_model
+
+    def tokens(images: Tensor) -> Tensor:
+        embedded = vision.embeddings(images, interpolate_pos_encoding=_clip_other(vision, images))
+        return cast(Tensor, vision.pre_layrnorm(embedded))
+
+    return Halves(tokens, _masked_block, lambda tokens: clip.visual_projection(vision.post_layernorm(tokens[:, 0])))
+
+
+def _siglip_halves(model: nn.Module) -> Halves:
+    vision = cast(Any, model).vision_model
+
+    def tokens(images: Tensor) -> Tensor:
+        return cast(Tensor, vision.embeddings(images, interpolate_pos_encoding=_clip_other(vision, images)))
+
+    return Halves(tokens, _masked_block, lambda tokens: vision.head(vision.post_layernorm(tokens)))
+
+
+def _naflex_halves(model: nn.Module) -> Halves:
+    vision = cast(Any, model).vision_model
+    return _siglip_halves(model)._replace(tokens=lambda images: vision.embeddings(*_naflex_patches(vision, images)))
+
+
+def _vit_halves(model: nn.Module) -> Halves:
+    vit = cast(Any, model)
+
+    def tokens(images: Tensor) -> Tensor:
+        return cast(Tensor, vit.embeddings(images, interpolate_pos_encoding=_vit_other(vit, images)))
+
+    return _dino_halves(model)._replace(tokens=tokens)
+
+
+def _dino_halves(model: nn.Module) -> Halves:
+    dino = cast(Any, model)
+    return Halves(
+        dino.embeddings, lambda block, tokens, prompts: block(tokens), lambda tokens: dino.layernorm(tokens)[:, 0]
+    )
+
+
+def _masked_block(block: nn.Module, tokens: Tensor, prompts: int) -> Tensor:
+    return cast(Tensor, block(tokens, None))  # the mask has no default
 
 
 def _clip_resize(model: nn.Module, size: tuple[int, int]) -> bool:
@@ -259,19 +316,19 @@ class _Kind:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-CLIP = Family("transformers", _clip_image, _clip_text, _clip_resize)
+CLIP = Family("transformers", _clip_image, _clip_text, _clip_resize, _clip_halves)
 
 
-SIGLIP = Family("transformers", _siglip_image, _siglip_text, _clip_resize)
+SIGLIP = Family("transformers", _siglip_image, _siglip_text, _clip_resize, _siglip_halves)
 
 
-NAFLEX = Family("transformers", _naflex_image, _siglip_text, _naflex_resize)
+NAFLEX = Family("transformers", _naflex_image, _siglip_text, _naflex_resize, _naflex_halves)
 
 
-VIT = Family("transformers", _vit_image, None, _vit_resize)
+VIT = Family("transformers", _vit_image, None, _vit_resize, _vit_halves)
 
 
-DINO = Family("transformers", _dino_image, None, _vit_resize)
+DINO = Family("transformers", _dino_image, None, _vit_resize, _dino_halves)
 
 
 _DINO_PARTS = ("", "embeddings.patch_embeddings", "layernorm")

@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from vicinal.types import InputError
 
-__all__ = ["FoldedLinear", "SplitAttention", "plain_attention", "prepare_for", "unprepared"]
+__all__ = ["FoldedLinear", "SplitAttention", "plain_attention", "prepare_for", "put", "unprepared"]
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -439,7 +439,7 @@ def unprepared(encoder: M) -> M:
     for name, module in list(encoder.named_modules()):
         if isinstance(module, FoldedLinear):
             (layer,) = module._stands_for
-            _put(encoder, name, layer.train(module.training))
+            put(encoder, name, layer.train(module.training))
         elif type(module) is _PlainMultiheadAttention:
             setattr(module, "__class__", nn.MultiheadAttention)  # noqa: B010 (mypy does not allow the assignment)
     return encoder
@@ -448,9 +448,10 @@ def unprepared(encoder: M) -> M:
 def _fold(encoder: nn.Module) -> None:
     for name, module in list(encoder.named_modules()):
         if FoldedLinear.takes(module):
-            _put(encoder, name, FoldedLinear(module))
+            put(encoder, name, FoldedLinear(module))
 
 
-def _put(root: nn.Module, name: str, module: nn.Module) -> None:
+def put(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Let `module` stand at a dotted name of `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, module)
