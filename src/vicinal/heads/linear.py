@@ -1,0 +1,330 @@
+"""Heads that are linear in features or in kernels, two of them in closed form.
+
+    GDA          Z + alpha (g . P mu_c + log(1/C) - mu_c . P mu_c / 2)
+                 P = E ((n - 1) Sigma + tr(Sigma) I)^-1
+    ProKeR       s (f . W + k(g, G) A),    A = (K / lambda + I)^-1 (L - F . W),    k(x, y) = exp(-beta (1 - x . y))
+    LinearProbe  Z + g . U + b,            U, b = argmin mean_i CE_i + |U|^2 / (2 C n)
+    CLAP         s f . w_c / |w_c|,        w = argmin mean_i CE_i + (1/C) sum_c lambda_c |w_c - t_c|^2
+
+Z = s f . W is zero-shot (frozen features), 0 without text; g, G are adapted features, or the frozen ones.
+
+Letters: n support rows, C classes, E numbers a feature, mu_c class means, Sigma covariance about them, L one-hot
+labels. `LinearProbe`'s C is scikit-learn's: the inverse strength of the penalty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+from torch import nn
+from torch.nn.functional import cross_entropy, normalize
+
+from vicinal.heads.cache import kernels, log_softmax
+from vicinal.heads.head import Head
+from vicinal.heads.selection import Learned, Points
+from vicinal.heads.support import Support
+from vicinal.types import InputError
+
+__all__ = ["CLAP", "GDA", "LinearProbe", "ProKeR"]
+
+TextUse = Literal["needed", "optional", "unused"]
+
+
+class GDA(Head):
+    """Gaussian discriminant analysis beside zero-shot. Wang et al. 2024, arXiv:2402.04087 ("a hard-to-beat baseline").
+
+    One covariance for all classes, ridged after Kubokawa and Srivastava; n counts views, as published, so stack the
+    views of an image rather than average them. With one row a class there is no covariance, and an isotropic one of
+    trace 1 is taken.
+
+    Args:
+        alpha: weight of the Gaussians; None: chosen. Published logs: 0.1 to 100, mostly 1. Without a choice: 1.
+        logit_scale: s. CLIP's: 100.
+        policy: how None is filled; see `vicinal.heads.selection`.
+
+    >>> X, y = [[1.0, 0.1], [1.0, -0.1], [0.0, 1.0], [0.1, 1.0]], ["cat", "cat", "dog", "dog"]
+    >>> GDA(policy="fixed").fit(X, y).predict([[2.0, 0.5]]).tolist()
+    ['cat']
+    """
+
+    text_use: ClassVar[TextUse] = "optional"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("alpha",)
+    linear: ClassVar[tuple[str, ...]] = ("alpha",)
+
+    alpha_: float
+
+    def __init__(self, *, alpha: float | None = None, logit_scale: float = 100.0, policy: str = "support_cv") -> None:
+        self.alpha = alpha
+        self.logit_scale = logit_scale
+        self.policy = policy
+
+    def _defaults(self, support: Support) -> dict[str, float]:
+        return {"alpha": 1.0}
+
+    def _grid(self, support: Support, *, published: bool) -> dict[str, Float[np.ndarray, "n"]]:
+        return {"alpha": np.ones(1) if support.text is None else 10.0 ** np.arange(-4, 3)}
+
+    def _learn(self, support: Support, points: Points) -> Learned:
+        x = support.image.astype(np.float64)
+        width, rows = x.shape[1], len(x)
+        mean = np.zeros((support.classes, width))
+        np.add.at(mean, support.labels, x)
+        mean /= np.bincount(support.labels)[:, None]
+        x -= mean[support.labels]
+        scatter = x.T @ x  # (n - 1) Sigma
+        trace = np.trace(scatter) / max(1, rows - 1)
+        if trace <= 1e-12:
+            scatter, trace = np.eye(width) * (max(1, rows - 1) / width), 1.0
+        scatter[np.diag_indices(width)] += trace
+        weight = width * cho_solve(cho_factor(scatter, lower=True, overwrite_a=True), mean.T).T
+        bias = -np.log(support.classes) - (mean * weight).sum(1) / 2
+        return {"weight": weight.astype(support.image.dtype), "bias": bias.astype(support.image.dtype)}
+
+    def _terms(
+        self, learned: Learned, points: Points, X: Float[np.ndarray, "v D"], image: Float[np.ndarray, "v E"]
+    ) -> Iterator[Sequence[Float[np.ndarray, "v C"]]]:
+        for _ in points:
+            yield (image @ learned["weight"].T + learned["bias"],)
+
+
+class ProKeR(Head):
+    """Kernel ridge regression on what zero-shot leaves over. Bendou et al. 2025, arXiv:2501.11175.
+
+    The correction is lambda times that of the textbook, as in the published code.
+
+    Args:
+        beta: sharpness of the kernel; None: chosen. Without a choice, the paper's for the next number of shots.
+        ridge: lambda; None: chosen. Without a choice, the paper's for the next number of shots.
+        logit_scale: s. CLIP's: 100.
+        policy: how None is filled; see `vicinal.heads.selection`. Above 5,000 rows support_cv takes the paper's.
+
+    Raises:
+        InputError: at `fit`: more than 20,000 support rows, since n x n numbers are solved.
+    """
+
+    text_use: ClassVar[TextUse] = "optional"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("beta", "ridge")
+
+    beta_: float
+    ridge_: float
+
+    _MOST = 20_000
+    _MOST_SEARCHED = 5_000
+    _PUBLISHED: ClassVar[dict[int, tuple[float, float]]] = {
+        1: (3.0, 0.05),
+        2: (2.6, 0.05),
+        4: (1.5, 0.05),
+        8: (1.66, 0.07),
+        16: (1.7, 0.1),
+    }
+
+    def __init__(
+        self,
+        *,
+        beta: float | None = None,
+        ridge: float | None = None,
+        logit_scale: float = 100.0,
+        policy: str = "support_cv",
+    ) -> None:
+        self.beta = beta
+        self.ridge = ridge
+        self.logit_scale = logit_scale
+        self.policy = policy
+
+    def _defaults(self, support: Support) -> dict[str, float]:
+        shots = float(np.median(support.images_per_class()))
+        nearest = min(self._PUBLISHED, key=lambda k: abs(math.log(k / shots)))
+        beta, ridge = self._PUBLISHED[nearest]
+        return {"beta": beta, "ridge": ridge}
+
+    def _grid(self, support: Support, *, published: bool) -> dict[str, Float[np.ndarray, "n"]]:
+        if not published and len(support) > self._MOST_SEARCHED:
+            return {name: np.array([value]) for name, value in self._defaults(support).items()}
+        if published:
+            return {"beta": np.linspace(0.5, 3, 20), "ridge": np.linspace(1e-3, 1, 10)}
+        return {"beta": np.array([0.5, 1.0, 2.0, 3.0]), "ridge": np.array([0.01, 0.05, 0.2, 1.0])}
+
+    def _learn(self, support: Support, points: Points) -> Learned:
+        rows = len(support)
+        if rows > self._MOST:
+            raise InputError(
+                f"ProKeR solves for {rows:,} x {rows:,} numbers; give it at most {self._MOST:,} rows (average the "
+                "views of an image), or take GDA"
+            )
+        exact = (
+            len(points) == 1 and rows <= self._MOST_SEARCHED
+        )  # a search can do with half the digits in half the time
+        dtype: type[np.floating[Any]] = np.float64 if exact else np.float32
+        keys = support.image.astype(dtype)
+        left = np.zeros((rows, support.classes), dtype=dtype)
+        left[np.arange(rows), support.labels] = 1
+        if support.text is not None:
+            left -= support.frozen.astype(dtype) @ support.text.astype(dtype).T
+        affinity = keys @ keys.T
+        solved = np.empty((len(points), rows, support.classes), dtype=support.image.dtype)
+        for p, point in enumerate(points):
+            (kernel,) = kernels(affinity.copy(), [point["beta"]])
+            kernel[np.diag_indices(rows)] += dtype(point["ridge"])
+            factor = cho_factor(kernel, lower=True, overwrite_a=True, check_finite=False)
+            solved[p] = point["ridge"] * cho_solve(factor, left, check_finite=False)
+        return {"solved": solved, "keys": support.image}
+
+    def _terms(
+        self, learned: Learned, points: Points, X: Float[np.ndarray, "v D"], image: Float[np.ndarray, "v E"]
+    ) -> Iterator[Sequence[Float[np.ndarray, "v C"]]]:
+        betas = list(dict.fromkeys(point["beta"] for point in points))  # points are a product, beta outermost
+        each, p = len(points) // len(betas), 0
+        scale = image.dtype.type(self.logit_scale)
+        for kernel in kernels(image @ learned["keys"].T, betas):
+            for _ in range(each):
+                yield ((kernel @ learned["solved"][p]) * scale,)
+                p += 1
+
+
+class LinearProbe(Head):
+    """Logistic regression; with text, on what zero-shot leaves over, so that no evidence means zero-shot.
+
+    Without text it is scikit-learn's LogisticRegression on unit vectors. With text, weights start at the text and the
+    penalty is on the distance from it, as in Silva-Rodriguez et al. 2024, arXiv:2312.12730 (ZS-LP, with a ridge).
+
+    Args:
+        C: inverse strength of the penalty; None: chosen. CLIP's 0.316 is for vectors about 10 long: 31.6 for unit ones.
+        iterations: of L-BFGS, at most. CLIP's: 1,000.
+        logit_scale: s. CLIP's: 100.
+        policy: how None is filled; see `vicinal.heads.selection`.
+    """
+
+    text_use: ClassVar[TextUse] = "optional"
+    adapted_use: ClassVar[Literal["yes", "without text", "no"]] = "without text"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("C",)
+
+    C_: float
+
+    def __init__(
+        self,
+        *,
+        C: float | None = None,
+        iterations: int = 1000,
+        logit_scale: float = 100.0,
+        policy: str = "support_cv",
+    ) -> None:
+        self.C = C
+        self.iterations = iterations
+        self.logit_scale = logit_scale
+        self.policy = policy
+
+    def _defaults(self, support: Support) -> dict[str, float]:
+        return {"C": 31.6}
+
+    def _grid(self, support: Support, *, published: bool) -> dict[str, Float[np.ndarray, "n"]]:
+        return {"C": 10.0 ** np.arange(-1, 5)}  # ascending: each start is the last solution
+
+    def _learn(self, support: Support, points: Points) -> Learned:
+        x, y = support.image.astype(np.float64), support.labels
+        base = self._base(support.frozen, support.text).astype(np.float64)
+        rows, classes = np.arange(len(y)), support.classes
+        at = np.zeros(classes * (x.shape[1] + 1))
+        found = np.empty((len(points), classes, x.shape[1] + 1))
+
+        def loss(flat: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
+            weight = flat.reshape(classes, -1)
+            log_p = log_softmax(base + x @ weight[:, :-1].T + weight[:, -1])
+            off = np.exp(log_p)
+            off[rows, y] -= 1
+            off /= len(y)
+            gradient = np.empty_like(weight)
+            gradient[:, :-1] = off.T @ x + weight[:, :-1] * strength
+            gradient[:, -1] = off.sum(0)
+            value = -log_p[rows, y].mean() + strength / 2 * float((weight[:, :-1] ** 2).sum())
+            return float(value), gradient.ravel()
+
+        for p, point in enumerate(points):
+            strength = 1 / (point["C"] * len(y))
+            options = {"maxiter": self.iterations, "ftol": 1e-10, "gtol": 1e-7}
+            at = minimize(loss, at, args=(strength,), jac=True, method="L-BFGS-B", options=options).x
+            found[p] = at.reshape(classes, -1)
+        weights = found.astype(support.image.dtype)
+        return {"weight": weights[:, :, :-1], "bias": weights[:, :, -1]}
+
+    def _terms(
+        self, learned: Learned, points: Points, X: Float[np.ndarray, "v D"], image: Float[np.ndarray, "v E"]
+    ) -> Iterator[Sequence[Float[np.ndarray, "v C"]]]:
+        for weight, bias in zip(learned["weight"], learned["bias"], strict=True):
+            yield (image @ weight.T + bias,)
+
+
+class CLAP(Head):
+    """Text prototypes tuned under a penalty that each class earns. Silva-Rodriguez et al. 2024, arXiv:2312.12730.
+
+    lambda_c is the mean zero-shot probability of class c for its own support images: what zero-shot knows is held
+    fast. Nothing is chosen on labels, so there is no policy.
+
+    Args:
+        epochs: of SGD with momentum 0.9, its rate falling as a cosine; the first at 1e-5. The paper: 300.
+        lr: The paper: 0.1.
+        batch_size: The paper: 256.
+        length: that unit text vectors are given. The paper has CLIP's raw text vectors; the penalty and the step depend
+            on their length. Text of another length than 1 keeps its own.
+        seed: of the order of the images.
+        logit_scale: s. CLIP's: 100.
+    """
+
+    text_use: ClassVar[TextUse] = "needed"
+    adapted_use: ClassVar[Literal["yes", "without text", "no"]] = "no"
+
+    def __init__(
+        self,
+        *,
+        epochs: int = 300,
+        lr: float = 0.1,
+        batch_size: int = 256,
+        length: float = 10.0,
+        seed: int = 0,
+        logit_scale: float = 100.0,
+    ) -> None:
+        self.epochs = epochs
+        self.lr = lr
+        self.batch_size = batch_size
+        self.length = length
+        self.seed = seed
+        self.logit_scale = logit_scale
+
+    def _learn(self, support: Support, points: Points) -> Learned:
+        assert support.text is not None
+        assert support.lengths is not None
+        known = np.exp(log_softmax(super()._base(support.frozen, support.text)))
+        own = known[np.arange(len(support)), support.labels]
+        strength = torch.from_numpy(np.bincount(support.labels, own) / np.bincount(support.labels)).to(torch.float32)
+        lengths = np.where(np.abs(support.lengths - 1) < 1e-3, self.length, support.lengths)
+        start = torch.from_numpy(support.text * lengths[:, None]).float()
+        images, labels = torch.from_numpy(support.frozen).float(), torch.from_numpy(support.labels)
+        weight = nn.Parameter(start.clone())
+        optimizer = torch.optim.SGD([weight], lr=self.lr, momentum=0.9)
+        generator = torch.Generator().manual_seed(self.seed)
+        for epoch in range(self.epochs):
+            rate = 1e-5 if epoch == 0 else self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+            optimizer.param_groups[0]["lr"] = rate
+            for rows in torch.randperm(len(labels), generator=generator).split(self.batch_size):  # type: ignore[no-untyped-call]
+                logits = self.logit_scale * images[rows] @ normalize(weight, dim=1).T
+                held = (strength * (weight - start).square().sum(1)).mean()
+                loss = cross_entropy(logits, labels[rows]) + held
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        return {"weight": normalize(weight.detach(), dim=1).numpy().astype(support.frozen.dtype)}
+
+    def _base(self, X: Float[np.ndarray, "v D"], text: Float[np.ndarray, "C D"] | None) -> Float[np.ndarray, "v C"]:
+        return super()._base(X, None)  # the trained prototypes stand in its place
+
+    def _terms(
+        self, learned: Learned, points: Points, X: Float[np.ndarray, "v D"], image: Float[np.ndarray, "v E"]
+    ) -> Iterator[Sequence[Float[np.ndarray, "v C"]]]:
+        for _ in points:
+            yield ((X @ learned["weight"].T) * X.dtype.type(self.logit_scale),)
