@@ -24,7 +24,16 @@ from vicinal.losses import (
     Triplet,
     start_from_class_means,
 )
+from vicinal.losses import classes as class_sums
+from vicinal.losses.pair import MultiSimilarity
+from vicinal.losses.proxy import ProxyAnchor, ProxyNCA
 
+CLASS_LOSSES: dict[str, Callable[..., nn.Module]] = {
+    **PROXY_LOSSES,
+    "proxy_anchor": ProxyAnchor,
+    "proxy_nca": ProxyNCA,
+}
+PAIRS: dict[str, Callable[..., nn.Module]] = {**PAIR_LOSSES, "multi_similarity": MultiSimilarity}
 Vectors = Sequence[Sequence[float]]
 B, D, C = 14, 6, 4
 
@@ -77,6 +86,30 @@ def loop_cosface(loss: nn.Module, x: Vectors, y: Sequence[int], groups: Sequence
     return softmax_loss(x, y, cosines, lambda c: c - loss.margin, loss.scale)
 
 
+def loop_proxy_anchor(loss: nn.Module, x: Vectors, y: Sequence[int], groups: Sequence[int] | None) -> float:
+    proxies = loss.weight.tolist()
+    pull, push = [], []
+    for j, proxy in enumerate(proxies):
+        own = [math.exp(-loss.alpha * (cosine(a, proxy) - loss.margin)) for a, c in zip(x, y, strict=True) if c == j]
+        others = [math.exp(loss.alpha * (cosine(a, proxy) + loss.margin)) for a, c in zip(x, y, strict=True) if c != j]
+        if own:
+            pull.append(math.log(1 + sum(own)))
+        push.append(math.log(1 + sum(others)))
+    return average(pull) + average(push)
+
+
+def loop_proxy_nca(loss: nn.Module, x: Vectors, y: Sequence[int], groups: Sequence[int] | None) -> float:
+    terms = []
+    for a, c in zip(x, y, strict=True):
+        near = []
+        for proxy in loss.weight.tolist():
+            long_a, long_p = math.hypot(*a), math.hypot(*proxy)
+            squared = sum((u / long_a - v / long_p) ** 2 for u, v in zip(a, proxy, strict=True))
+            near.append(math.exp(-squared / loss.temperature))
+        terms.append(-math.log(near[c] / sum(near)))
+    return average(terms)
+
+
 def relations(y: Sequence[int], groups: Sequence[int] | None) -> list[tuple[list[int], list[int]]]:
     found = []
     for i in range(len(y)):
@@ -127,14 +160,32 @@ def loop_triplet(loss: nn.Module, x: Vectors, y: Sequence[int], groups: Sequence
     return average(terms)
 
 
+def loop_multi_similarity(loss: nn.Module, x: Vectors, y: Sequence[int], groups: Sequence[int] | None) -> float:
+    terms = []
+    for i, (positives, negatives) in enumerate(relations(y, groups)):
+        near = {j: cosine(x[i], x[j]) for j in positives + negatives}
+        kept, left = positives, negatives
+        if loss.epsilon is not None:
+            kept = [p for p in positives if any(near[p] - loss.epsilon < near[n] for n in negatives)]
+            left = [n for n in negatives if any(near[n] + loss.epsilon > near[p] for p in positives)]
+        if positives:
+            pull = math.log(1 + sum(math.exp(-loss.alpha * (near[p] - loss.base)) for p in kept)) / loss.alpha
+            push = math.log(1 + sum(math.exp(loss.beta * (near[n] - loss.base)) for n in left)) / loss.beta
+            terms.append(pull + push)
+    return average(terms)
+
+
 LOOPS: dict[str, Callable[[nn.Module, Vectors, Sequence[int], Sequence[int] | None], float]] = {
     "arcface": loop_arcface,
     "easy_arcface": loop_easy_arcface,
     "subcenter_arcface": loop_subcenter,
     "cosface": loop_cosface,
+    "proxy_anchor": loop_proxy_anchor,
+    "proxy_nca": loop_proxy_nca,
     "ntxent": loop_ntxent,
     "supcon": loop_supcon,
     "triplet": loop_triplet,
+    "multi_similarity": loop_multi_similarity,
 }
 # Settings beside the defaults; a soft scale too, at which every term of a sum weighs.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
@@ -142,18 +193,38 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "easy_arcface": [{}, {"margin": 0.3, "scale": 4.0}],
     "subcenter_arcface": [{}, {"subcenters": 1}, {"subcenters": 2, "margin": 0.3, "scale": 4.0}],
     "cosface": [{}, {"margin": 0.2, "scale": 4.0}],
+    "proxy_anchor": [{}, {"margin": 0.3, "alpha": 4.0}],
+    "proxy_nca": [{}, {"temperature": 1.0}],
     "ntxent": [{}, {"temperature": 0.5}],
     "supcon": [{}, {"temperature": 0.5}],
     "triplet": [{}, {"mining": "semi_hard"}, {"mining": "all"}, {"mining": "all", "margin": 1.5}],
+    "multi_similarity": [{}, {"epsilon": None}, {"alpha": 4.0, "beta": 6.0, "base": 0.2, "epsilon": 0.02}],
 }
-CASES = [(name, settings) for name, variants in VARIANTS.items() for settings in variants]
-every_loss = pytest.mark.parametrize(("name", "settings"), CASES, ids=[f"{n}-{s}" for n, s in CASES])
+CASES = [
+    (name, settings, way)
+    for name, variants in VARIANTS.items()
+    for settings in variants
+    for way in (("whole", "tiles") if name in CLASS_LOSSES else ("whole",))
+]
+every_loss = pytest.mark.parametrize(
+    ("name", "settings", "way"), CASES, ids=[f"{n}-{s}-{w}" for n, s, w in CASES], indirect=["way"]
+)
+
+
+@pytest.fixture(autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Whether class losses take their few classes in tiles, as if they were thousands."""
+    way = getattr(request, "param", "whole")
+    if way == "tiles":
+        monkeypatch.setattr(class_sums, "TILED_FROM", 0)
+        monkeypatch.setattr(class_sums, "TILE_CPU", 3)  # of four classes; a class of three vectors alone
+    return way
 
 
 def build(name: str, settings: dict[str, Any], *, dim: int = D, classes: int = C) -> nn.Module:
-    if name in PROXY_LOSSES:
-        return PROXY_LOSSES[name](dim, classes, **settings)
-    return PAIR_LOSSES[name](**settings)
+    if name in CLASS_LOSSES:
+        return CLASS_LOSSES[name](dim, classes, **settings)
+    return PAIRS[name](**settings)
 
 
 def some(seed: int, batch: int = B) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,10 +240,10 @@ def some(seed: int, batch: int = B) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_every_loss_of_the_tables_is_tested():
-    assert set(LOOPS) == set(VARIANTS) == set(PROXY_LOSSES) | set(PAIR_LOSSES)
-    assert len(PROXY_LOSSES) == 4
-    assert len(PAIR_LOSSES) == 3
-    assert len(CASES) == 19
+    assert set(LOOPS) == set(VARIANTS) == set(CLASS_LOSSES) | set(PAIRS)
+    assert len(CLASS_LOSSES) == 6
+    assert len(PAIRS) == 4
+    assert len(CASES) == 41
 
 
 @every_loss
@@ -213,7 +284,7 @@ def test_gradient_is_that_of_finite_differences(name: str, settings: dict[str, A
     assert torch.autograd.gradcheck(value, (vectors.requires_grad_(), *weights), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(PAIR_LOSSES))
+@pytest.mark.parametrize("name", sorted(PAIRS))
 def test_items_of_one_group_are_never_negatives(name: str):
     for settings in VARIANTS[name]:
         loss = build(name, settings)
@@ -226,7 +297,7 @@ def test_items_of_one_group_are_never_negatives(name: str):
         assert changed >= 2
 
 
-@pytest.mark.parametrize("name", sorted(PROXY_LOSSES))
+@pytest.mark.parametrize("name", sorted(CLASS_LOSSES))
 def test_class_losses_refuse_groups(name: str):
     vectors, labels, groups = some(4)
     with pytest.raises(ValueError, match="groups"):
@@ -276,22 +347,24 @@ def test_gradients_are_finite_at_the_edges(name: str, settings: dict[str, Any], 
         assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(PAIR_LOSSES))
+@pytest.mark.parametrize("name", sorted(PAIRS))
 def test_without_a_positive_the_loss_is_zero(name: str):
     vectors, labels = edges()["no positive"]
     for settings in VARIANTS[name]:
         assert build(name, settings)(vectors, labels).item() == 0.0
 
 
-@pytest.mark.parametrize("name", sorted(PROXY_LOSSES))
-def test_a_loss_of_one_class_is_zero(name: str):
+@pytest.mark.parametrize("way", ["whole", "tiles"], indirect=True)
+@pytest.mark.parametrize("name", sorted(set(CLASS_LOSSES) - {"proxy_anchor"}))  # which still pulls to the proxy
+def test_a_softmax_of_one_class_is_zero(name: str, way: str):
     vectors, _, _ = some(0)
     value = build(name, {}, classes=1)(vectors.float(), torch.zeros(B, dtype=torch.long))
     assert value.item() == pytest.approx(0.0, abs=1e-6)
 
 
 @every_loss
-def test_autocast_does_not_round_weights_or_logits(name: str, settings: dict[str, Any]):
+def test_autocast_does_not_round_weights_or_logits(name: str, settings: dict[str, Any], way: str):
+    """But for the products with other classes' weights where these are in tiles."""
     vectors, labels, _ = some(6)
     loss = build(name, settings)
     outside = loss(vectors.float(), labels)
@@ -300,7 +373,11 @@ def test_autocast_does_not_round_weights_or_logits(name: str, settings: dict[str
         inside = loss(vectors.float(), labels)
     assert rounded.dtype == torch.bfloat16  # autocast was on
     assert inside.dtype == torch.float32
-    assert inside.item() == pytest.approx(outside.item(), rel=1e-6, abs=1e-7)
+    if way == "tiles":
+        assert inside.item() == pytest.approx(outside.item(), rel=0.03, abs=0.01)
+        assert inside.item() != outside.item()
+    else:
+        assert inside.item() == pytest.approx(outside.item(), rel=1e-6, abs=1e-7)
 
 
 class Largest(TorchDispatchMode):
@@ -406,14 +483,23 @@ def test_equals_pytorch_metric_learning():
             SubCenterArcFace(D, C, subcenters=2, margin=0.3, scale=16.0),
             losses.SubCenterArcFaceLoss(num_classes=C, embedding_size=D, margin=degrees, scale=16, sub_centers=2),
         ),
+        (ProxyAnchor(D, C, margin=0.2, alpha=16.0), losses.ProxyAnchorLoss(C, D, margin=0.2, alpha=16)),
+        (ProxyNCA(D, C), losses.ProxyNCALoss(C, D, softmax_scale=9)),
     ]
     for ours, theirs in class_losses:
-        theirs.W.data = ours.weight.data.reshape(-1, D).T.clone()
+        if hasattr(theirs, "proxies"):
+            theirs.proxies.data = ours.weight.data.clone()
+        else:
+            theirs.W.data = ours.weight.data.reshape(-1, D).T.clone()
         assert ours(vectors, labels).item() == pytest.approx(theirs(vectors, labels).item(), rel=1e-4)
     hard = miners.BatchHardMiner(distance=cosine_similarity)(vectors, labels)
+    informative = miners.MultiSimilarityMiner(epsilon=0.1)(vectors, labels)
+    assert (labels.bincount() > 1).all()  # for what lone anchors count is not the same
     pair_losses = [
         (NTXent(temperature=0.2), losses.NTXentLoss(temperature=0.2), None),
         (SupCon(temperature=0.2), losses.SupConLoss(temperature=0.2), None),
+        (MultiSimilarity(epsilon=None), losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), None),
+        (MultiSimilarity(), losses.MultiSimilarityLoss(alpha=2, beta=50, base=0.5), informative),
         (Triplet(margin=0.3, mining="all"), losses.TripletMarginLoss(0.3, distance=cosine_similarity), None),
         (
             Triplet(margin=0.3),
@@ -431,7 +517,7 @@ def test_equals_pytorch_metric_learning():
 def test_class_weights_start_from_class_means():
     vectors, labels, _ = some(8)
     labels[labels == 2] = 0  # class 2 has no images
-    for name in sorted(PROXY_LOSSES):
+    for name in sorted(CLASS_LOSSES):
         loss = build(name, {})
         before = loss.weight.detach().clone()
         start_from_class_means(loss, vectors.float(), labels)
@@ -495,6 +581,13 @@ def test_retention_is_the_mean_cosine_distance():
         lambda: NTXent(temperature=0.0),
         lambda: SupCon(temperature=-1.0),
         lambda: Triplet(margin=0.0),
+        lambda: MultiSimilarity(alpha=0.0),
+        lambda: MultiSimilarity(beta=-1.0),
+        lambda: MultiSimilarity(epsilon=-0.1),
+        lambda: ProxyAnchor(2, 0),
+        lambda: ProxyAnchor(2, 2, margin=-0.1),
+        lambda: ProxyAnchor(2, 2, alpha=0.0),
+        lambda: ProxyNCA(2, 2, temperature=0.0),
         lambda: Retention(weight=-1.0),
     ],
 )

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 __all__ = ["cosines", "unit"]
 
 
-def unit(vectors: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+def unit(vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
     """Rows of length one, in float32 or wider; a row shorter than 1e-7 keeps its direction and stays short.
 
     >>> unit(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))

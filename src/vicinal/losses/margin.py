@@ -13,7 +13,9 @@ and the classes here differ only in what they make of the true class's cosine:
 Letters: B batch, D numbers an embedding, C classes, K sub-centres, x embeddings, w class weights, y labels, theta the
 angle between x and the weight of its class, m margin, s scale.
 
-All of it is in float32 under autocast (PML issue 309: class weights rounded to half precision silently cost accuracy).
+All of it is in float32 under autocast (PML issue 309: class weights rounded to half precision silently cost accuracy),
+except, from thousands of classes on, the products with the *other* classes under bfloat16: see `losses.classes`, which
+then never holds the B x C cosines either.
 The derivative of cos(theta + m) holds 1 / sin(theta), which is infinite where an embedding lies on its class weight;
 there sin(theta) is held at 1e-6, and its gradient is dropped.
 
@@ -23,13 +25,14 @@ The classes are one per class *present in training*: a weight for a class withou
 from __future__ import annotations
 
 import math
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from vicinal.losses.cosine import cosines, unit
+from vicinal.losses.classes import check_sizes, margin_softmax, refuse_groups
+from vicinal.losses.cosine import unit
 
 __all__ = ["ArcFace", "CosFace", "EasyArcFace", "SubCenterArcFace", "start_from_class_means"]
 
@@ -69,9 +72,8 @@ class ArcFace(nn.Module):
         self, embeddings: Float[Tensor, "B D"], labels: Int[Tensor, "B"], *, groups: Int[Tensor, "B"] | None = None
     ) -> Float[Tensor, ""]:
         """The mean loss of the batch. `groups` belong to pair losses and are refused."""
-        _refuse(groups)
-        cos_BC = cosines(embeddings, self.weight)
-        return _cross_entropy(cos_BC, labels, _arc(_true(cos_BC, labels), self.margin), self.scale)
+        refuse_groups(groups)
+        return margin_softmax(embeddings, self.weight, labels, lambda cos_B: _arc(cos_B, self.margin), self.scale)
 
 
 class EasyArcFace(nn.Module):
@@ -109,11 +111,8 @@ class EasyArcFace(nn.Module):
         self, embeddings: Float[Tensor, "B D"], labels: Int[Tensor, "B"], *, groups: Int[Tensor, "B"] | None = None
     ) -> Float[Tensor, ""]:
         """The mean loss of the batch. `groups` belong to pair losses and are refused."""
-        _refuse(groups)
-        cos_BC = cosines(embeddings, self.weight)
-        cos_B = _true(cos_BC, labels)
-        target_B = torch.where(cos_B > 0, _cos_of_sum(cos_B, self.margin), cos_B)
-        return _cross_entropy(cos_BC, labels, target_B, self.scale)
+        refuse_groups(groups)
+        return margin_softmax(embeddings, self.weight, labels, lambda cos_B: _easy_arc(cos_B, self.margin), self.scale)
 
 
 class SubCenterArcFace(nn.Module):
@@ -156,11 +155,8 @@ class SubCenterArcFace(nn.Module):
         self, embeddings: Float[Tensor, "B D"], labels: Int[Tensor, "B"], *, groups: Int[Tensor, "B"] | None = None
     ) -> Float[Tensor, ""]:
         """The mean loss of the batch. `groups` belong to pair losses and are refused."""
-        _refuse(groups)
-        C, K, _ = self.weight.shape
-        # max, not amax: of equal sub-centres one takes the gradient, so that they can part.
-        cos_BC = cosines(embeddings, self.weight.flatten(0, 1)).view(-1, C, K).max(dim=2).values
-        return _cross_entropy(cos_BC, labels, _arc(_true(cos_BC, labels), self.margin), self.scale)
+        refuse_groups(groups)
+        return margin_softmax(embeddings, self.weight, labels, lambda cos_B: _arc(cos_B, self.margin), self.scale)
 
 
 class CosFace(nn.Module):
@@ -196,14 +192,20 @@ class CosFace(nn.Module):
         self, embeddings: Float[Tensor, "B D"], labels: Int[Tensor, "B"], *, groups: Int[Tensor, "B"] | None = None
     ) -> Float[Tensor, ""]:
         """The mean loss of the batch. `groups` belong to pair losses and are refused."""
-        _refuse(groups)
-        cos_BC = cosines(embeddings, self.weight)
-        return _cross_entropy(cos_BC, labels, _true(cos_BC, labels) - self.margin, self.scale)
+        refuse_groups(groups)
+        return margin_softmax(embeddings, self.weight, labels, lambda cos_B: cos_B - self.margin, self.scale)
+
+
+@runtime_checkable
+class _HasWeight(Protocol):
+    """A class loss, seen from outside."""
+
+    weight: nn.Parameter
 
 
 @torch.no_grad()
 def start_from_class_means(
-    loss: ArcFace | EasyArcFace | SubCenterArcFace | CosFace,
+    loss: _HasWeight,
     embeddings: Float[Tensor, "N D"],
     labels: Int[Tensor, "N"],
 ) -> None:
@@ -217,7 +219,7 @@ def start_from_class_means(
     random ones: only the direction counts in the loss, but the longer the row, the less an optimiser's step turns it.
 
     Args:
-        loss: a class loss; its `weight` is changed.
+        loss: any class loss; its `weight`, "C D" or "C K D", is changed.
         embeddings: N rows, normalised here, so that long ones do not outweigh others.
         labels: the class of each row, 0 .. C - 1.
 
@@ -255,10 +257,6 @@ def start_from_class_means(
     weight_CKD[known_C] = (start_CKD[known_C] * math.sqrt(D)).to(weight_CKD.dtype)
 
 
-def _true(cos_BC: Tensor, labels: Tensor) -> Float[Tensor, "B"]:
-    return cos_BC.gather(1, labels[:, None]).squeeze(1)
-
-
 def _cos_of_sum(cos_B: Float[Tensor, "B"], margin: float) -> Float[Tensor, "B"]:
     """cos(theta + m) = cos(theta) cos(m) - sin(theta) sin(m); finite, with finite gradient, at theta = 0 and pi."""
     sin_B = (1 - cos_B.square()).clamp_min(1e-12).sqrt()
@@ -270,20 +268,12 @@ def _arc(cos_B: Float[Tensor, "B"], margin: float) -> Float[Tensor, "B"]:
     return torch.where(cos_B > -math.cos(margin), _cos_of_sum(cos_B, margin), past_B)
 
 
-def _cross_entropy(cos_BC: Tensor, labels: Tensor, target_B: Tensor, scale: float) -> Float[Tensor, ""]:
-    """Softmax cross-entropy after the true class's cosine was replaced: B numbers, not a second "B C" mask."""
-    logits_BC = cos_BC.scatter(1, labels[:, None], target_B[:, None])
-    return cross_entropy(scale * logits_BC, labels)
-
-
-def _refuse(groups: Tensor | None) -> None:
-    if groups is not None:
-        raise ValueError("groups say which items of a batch are never negatives: only pair losses compare items")
+def _easy_arc(cos_B: Float[Tensor, "B"], margin: float) -> Float[Tensor, "B"]:
+    return torch.where(cos_B > 0, _cos_of_sum(cos_B, margin), cos_B)
 
 
 def _check(dim: int, classes: int, scale: float) -> None:
-    if dim < 1 or classes < 1:
-        raise ValueError(f"dim and classes must be at least 1, not {dim} and {classes}")
+    check_sizes(dim, classes)
     if not scale > 0:
         raise ValueError(f"scale must be above 0, not {scale}")
 
