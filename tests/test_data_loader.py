@@ -7,8 +7,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -147,6 +149,22 @@ def test_what_a_batch_holds(photos: Manifest) -> None:
     groups = photos.column("group")
     for (a, i), (b, j) in itertools.product(zip(rows, batch["group"].tolist(), strict=True), repeat=2):
         assert (i == j) == (a == b or (groups[a] is not None and groups[a] == groups[b]))
+
+
+def test_a_caption_is_drawn_for_each_look_and_does_not_depend_on_the_workers(photos: Manifest) -> None:
+    several = [[f"{i} a", f"{i} b", f"{i} c"] if i % 4 else [] for i in range(len(photos))]
+    captioned = replace(photos, table=photos.table.append_column("captions", pa.array(several)))
+    batches = taken(train(captioned), 40)
+    seen: dict[int, set[str]] = {}
+    for batch in batches:
+        for row, text in zip(batch["index"].tolist(), batch["text"], strict=True):
+            assert text in several[row] if several[row] else text == (photos.column("text")[row] or "")
+            seen.setdefault(row, set()).add(text)
+    assert all(len(texts) == 3 for row, texts in seen.items() if several[row])
+    assert [b["text"] for b in taken(train(captioned, workers=2), 5)] == [b["text"] for b in batches[:5]]
+    assert [b["text"] for b in taken(train(captioned, start_step=3), 2)] == [b["text"] for b in batches[3:5]]
+    evaluated = next(iter(eval_batches(captioned, eval_transform(PREPROCESS), batch_size=8)))
+    assert evaluated["text"] == [text or "" for text in photos.column("text")[:8]]
 
 
 def test_a_mixed_seed_has_no_collisions() -> None:

@@ -55,6 +55,7 @@ class _Item(NamedTuple):
 class _Made(NamedTuple):
     images: Tensor | None
     rows: list[int]
+    seeds: list[int | None]
     skipped: list[tuple[int, str]]
     error: str | None
 
@@ -91,6 +92,7 @@ class _Maker(Dataset[_Made]):
     def __getitem__(self, items: Sequence[_Item]) -> _Made:
         images: Tensor | None = None
         rows: list[int] = []
+        seeds: list[int | None] = []
         skipped: list[tuple[int, str]] = []
         with torch.random.fork_rng(devices=[]):
             for item in items:
@@ -100,7 +102,7 @@ class _Maker(Dataset[_Made]):
                         view = self.view(row, item.seed)
                     except InputError as error:
                         if self.on_error == "raise":
-                            return _Made(None, [], [], str(error))
+                            return _Made(None, [], [], [], str(error))
                         skipped.append((row, str(error)))
                         continue
                     if images is None:  # channels-last, see transforms.py
@@ -108,8 +110,9 @@ class _Maker(Dataset[_Made]):
                         images = torch.empty(shape, dtype=view.dtype, memory_format=torch.channels_last)
                     images[len(rows)] = view
                     rows.append(row)
+                    seeds.append(item.seed)
                     break
-        return _Made(None if images is None else images[: len(rows)], rows, skipped, None)
+        return _Made(None if images is None else images[: len(rows)], rows, seeds, skipped, None)
 
 
 class _Spares:
@@ -136,6 +139,7 @@ class _Columns:
         self.labels = manifest.labels()
         names = manifest.names()
         self.texts = manifest.column("text") if "text" in names else None
+        self.captions = manifest.column("captions") if "captions" in names else None
         self.groups: Tensor | None = None
         if "group" in names:
             numbers: dict[object, int] = {}
@@ -143,14 +147,24 @@ class _Columns:
             groups = [("row", row) if group is None else group for row, group in enumerate(manifest.column("group"))]
             self.groups = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
-    def batch(self, images: Tensor, rows: list[int]) -> Batch:
+    def batch(self, made: _Made, images: Tensor) -> Batch:
+        rows = made.rows
         index = torch.tensor(rows, dtype=torch.int64)
         batch = Batch(image=images, label=self.labels[index], index=index)
-        if self.texts is not None:
+        if self.captions is not None:
+            batch["text"] = [self.caption(row, seed) for row, seed in zip(rows, made.seeds, strict=True)]
+        elif self.texts is not None:
             batch["text"] = [self.texts[row] or "" for row in rows]
         if self.groups is not None:
             batch["group"] = self.groups[index]
         return batch
+
+    def caption(self, row: int, seed: int | None) -> str:
+        """In training one of the row's captions, by the row's seed; in evaluation always the same."""
+        several = self.captions[row] if self.captions is not None else None
+        if seed is None or not several:
+            return (self.texts[row] if self.texts is not None else several[0] if several else None) or ""
+        return str(several[_mixed(seed, 1) % len(several)])
 
 
 def _loader(maker: _Maker, batches: Iterable[list[_Item]], workers: int, pin_memory: bool) -> Iterator[_Made]:
@@ -213,7 +227,7 @@ class EvalBatches:
                 raise InputError(made.error)
             self.skipped += [(ids[row], reason) for row, reason in made.skipped]
             if made.images is not None:
-                yield columns.batch(made.images, made.rows)
+                yield columns.batch(made, made.images)
 
 
 def eval_batches(
@@ -305,7 +319,7 @@ class TrainBatches(Iterator[Batch]):
                 raise InputError(made.error)
             self._skipped.update(dict(made.skipped))
             if made.images is not None:
-                return self._columns.batch(made.images, made.rows)
+                return self._columns.batch(made, made.images)
             if len(self._skipped) == len(self._ids):
                 raise InputError("no image can be read; `vicinal check` lists the reasons")
 

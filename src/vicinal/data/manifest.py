@@ -6,6 +6,7 @@ Letters: N rows, C classes. A row is one picture, or one box of a picture. Colum
     image   str    path, relative to `root` (or absolute), with forward slashes
     label   str    name of the class; empty in every row where the data has no labels
     text    str    a caption
+    captions       a list of captions, of which training draws one each time; evaluation takes `text`
     box     4 x f  x0, y0, x1, y1 in pixels of the picture as it is shown (EXIF rotation applied)
     group   str    what must never straddle a split: a photographer, a shop, a patient
     split   str    train, val or test
