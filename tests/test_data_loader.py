@@ -154,7 +154,7 @@ def test_what_a_batch_holds(photos: Manifest) -> None:
 def test_a_caption_is_drawn_for_each_look_and_does_not_depend_on_the_workers(photos: Manifest) -> None:
     several = [[f"{i} a", f"{i} b", f"{i} c"] if i % 4 else [] for i in range(len(photos))]
     captioned = replace(photos, table=photos.table.append_column("captions", pa.array(several)))
-    batches = taken(train(captioned), 40)
+    batches = taken(train(captioned), 150)
     seen: dict[int, set[str]] = {}
     for batch in batches:
         for row, text in zip(batch["index"].tolist(), batch["text"], strict=True):
