@@ -404,7 +404,7 @@ def _tower(encoder: Encoder, which: Literal["image", "text"]) -> Tower:
 
 def tower_parameters(encoder: Encoder, which: Which) -> dict[str, nn.Parameter]:
     """Parameters by name: of the image is what stands under the same child of the model as its blocks or heads do."""
-    everything = dict(encoder.named_parameters())
+    everything = {n: p for n, p in encoder.named_parameters() if not n.endswith(".mask_token")}  # pre-training's alone
     anatomy = encoder.anatomy
     if which in ("text", "both"):
         _tower(encoder, "text")
