@@ -28,7 +28,16 @@ from vicinal.models.encoder import Encoder
 from vicinal.models.modules import plain_attention
 from vicinal.types import Embeddings, InputError
 
-__all__ = ["Precision", "autocast_dtype", "choose_precision", "default_cache", "embed", "pick_device"]
+__all__ = [
+    "Precision",
+    "autocast_dtype",
+    "choose_precision",
+    "default_cache",
+    "embed",
+    "embed_classes",
+    "embed_text",
+    "pick_device",
+]
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -188,6 +197,79 @@ def _encode(encoder: Encoder, images: Float[Tensor, "B 3 H W"], dtype: torch.dty
     with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         vectors = encoder.encode_image(images)
     return F.normalize(vectors.float(), dim=-1).cpu()
+
+
+def embed_text(
+    encoder: Encoder,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+) -> Float[Tensor, "N D"]:
+    """Embed texts: tokenizer, text tower in eval mode, rows scaled to length 1. Equal texts are embedded once.
+
+    Args:
+        encoder: left on the device and in the mode it came in.
+        texts: N of them; what is longer than the encoder's `context_length` is cut.
+        batch_size: texts at a time.
+        device: "auto", "cpu", "cuda:0", …
+        precision: of the encoder's arithmetic; vectors are float32.
+
+    Raises:
+        InputError: the encoder has no text tower, or a LinearHead has moved the images away from the texts.
+    """
+    target = pick_device(str(device))
+    dtype = autocast_dtype(precision, target)
+    distinct = list(dict.fromkeys(texts))
+    was_training, came_from = encoder.training, next(encoder.parameters()).device
+    encoder.eval().to(target)
+    try:
+        parts = []
+        with torch.inference_mode():
+            for at in range(0, len(distinct), batch_size):
+                with torch.autocast(target.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+                    vectors = encoder.encode_text(distinct[at : at + batch_size])
+                parts.append(F.normalize(vectors.float(), dim=-1).cpu())
+    finally:
+        encoder.train(was_training).to(came_from)
+    place = {text: i for i, text in enumerate(distinct)}
+    rows = torch.cat(parts) if parts else torch.zeros(0, encoder.embedding_dim)
+    return rows[[place[text] for text in texts]].clone()
+
+
+def embed_classes(
+    encoder: Encoder,
+    names: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    *,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+) -> Float[Tensor, "C D"]:
+    """A vector for each class from its name: the mean over templates of unit text embeddings, scaled to length 1.
+
+        w_c = u / |u|,  u = sum_t text(t(name_c)) / |text(t(name_c))|
+
+    Radford et al. 2021 (CLIP, arXiv:2103.00020), section 3.1.4.
+
+    Args:
+        encoder: with a text tower.
+        names: C classes, as a person would write them.
+        templates: sentences with `{}` where the name goes.
+        device: "auto", "cpu", "cuda:0", …
+        precision: of the encoder's arithmetic; vectors are float32.
+
+    Raises:
+        InputError: a template without `{}`, or none; the encoder has no text tower.
+    """
+    wrong = [template for template in templates if template.count("{}") != 1]
+    if wrong or not templates:
+        raise InputError(
+            f"templates: write {{}} once where the class name goes; wrong: {wrong[0] if wrong else 'none'}"
+        )
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    vectors = embed_text(encoder, texts, device=device, precision=precision)
+    return F.normalize(vectors.view(len(names), len(templates), -1).mean(1), dim=-1)
 
 
 # --------------------------------------------------------------------------------------------------- kept vectors

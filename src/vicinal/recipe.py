@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_h
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from vicinal.data.glyphs import Portion
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
 from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
@@ -79,8 +80,21 @@ class Benchmark(_Strict):
     download: bool = False
 
 
+class Glyphs(_Strict):
+    """The built-in data set, drawn and not downloaded: see `load_glyphs`, whose arguments these are."""
+
+    size: Annotated[int, Field(ge=16, le=512)] = 48
+    families: list[str] | None = None
+    characters: str | list[str] | None = None
+    images_per_face: Annotated[int, Field(ge=1, le=1000)] = 1
+    test_families: list[str] = []
+    portion: Portion = "all"
+    variation: Annotated[float, Field(ge=0, le=1)] = 1.0
+    seed: int = 0
+
+
 class Data(_Strict):
-    """Where the images are: exactly one of `folder`, `table`, `coco`, `hub`, `benchmark`, and how to read it.
+    """Where the images are: exactly one of `folder`, `table`, `coco`, `hub`, `benchmark`, `glyphs`.
 
     `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
     each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
@@ -93,6 +107,7 @@ class Data(_Strict):
     coco: str | TrainValTest | None = None
     hub: str | TrainValTest | None = None
     benchmark: Benchmark | None = None
+    glyphs: Glyphs | None = None
     columns: dict[str, str] = {}
     root: str | None = None
     padding: Annotated[float, Field(ge=0)] = 0.0
@@ -191,7 +206,7 @@ else:
     Adapter = _one_of("Adapter", ADAPTERS)
 
 ONE_OF: dict[str, tuple[str, ...]] = {
-    "data": ("folder", "table", "coco", "hub", "benchmark"),
+    "data": ("folder", "table", "coco", "hub", "benchmark", "glyphs"),
     "split": tuple(Split.model_fields),
     "sampler": tuple(Sampler.model_fields),
     "loss": tuple(Loss.model_fields),

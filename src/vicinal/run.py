@@ -28,6 +28,7 @@ import torch
 from vicinal.data.benchmarks import load_benchmark
 from vicinal.data.check import leaks
 from vicinal.data.division import Division, Part, divide
+from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import PKSampler, ShuffleSampler
@@ -44,7 +45,7 @@ from vicinal.models.adapters import adapt, adapters_from_config, check_adapted, 
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
-from vicinal.recipe import Data, Recipe
+from vicinal.recipe import Data, Recipe, TrainValTest
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
@@ -202,7 +203,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
 def bring(data: Data) -> Manifest:
     """The manifest that a recipe's `data` names."""
     kind, where = data.source
-    if not isinstance(where, str) and kind != "benchmark":
+    if isinstance(where, TrainValTest):
         where = {name: path for name, path in where.model_dump().items() if path is not None}
     all_there = data.on_error == "raise"
     match kind:
@@ -214,6 +215,8 @@ def bring(data: Data) -> Manifest:
             manifest = read_coco(where, images=data.root, check_files=all_there)
         case "hub":
             manifest = read_hub(where, columns=data.columns)
+        case "glyphs":
+            manifest = load_glyphs(**where.model_dump())
         case _:
             manifest = load_benchmark(where.name, root=where.root, download=where.download)
     manifest = manifest.with_padding(data.padding)
