@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from vicinal.data.glyphs import Portion
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
-from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
+from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES
 from vicinal.models.adapters import ADAPTERS
 from vicinal.types import InputError
 
@@ -52,7 +52,10 @@ def _settings(part: type, name: str) -> type[BaseModel]:
     """The keyword settings of a loss or an adapter as a strict model, read off its constructor."""
     hints = get_type_hints(part if dataclasses.is_dataclass(part) else vars(part)["__init__"])
     parameters = inspect.signature(part).parameters.values()
-    derived = {"dim", "classes"} if not dataclasses.is_dataclass(part) else set()  # given by the model and the data
+    # what the model and the data give
+    derived = set() if dataclasses.is_dataclass(part) else {"dim", "classes"}
+    if part in CONTRASTIVE_LOSSES.values():
+        derived = {"scale", "bias"}
     fields: dict[str, Any] = {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name not in derived
     }
@@ -202,7 +205,7 @@ if TYPE_CHECKING:  # built from the tables below, which a type checker does not 
     Loss: TypeAlias = _OneOf
     Adapter: TypeAlias = _OneOf
 else:
-    Loss = _one_of("Loss", PROXY_LOSSES | PAIR_LOSSES)
+    Loss = _one_of("Loss", PROXY_LOSSES | PAIR_LOSSES | CONTRASTIVE_LOSSES)
     Adapter = _one_of("Adapter", ADAPTERS)
 
 ONE_OF: dict[str, tuple[str, ...]] = {
@@ -231,6 +234,7 @@ class Recipe(_Strict):
     adapt: list[Adapter] = Field(default_factory=lambda: [Adapter.model_validate({"lora": {}})], min_length=1)
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({"arcface": {"margin": 0.3, "scale": 20.0}}))
     class_means: bool = True
+    memory: Annotated[int, Field(ge=1)] | None = None
     sampler: Sampler = Sampler(shuffle=Shuffle())
     augment: str = "light"
 
@@ -259,6 +263,7 @@ class Recipe(_Strict):
     shots: list[Annotated[int, Field(ge=1)]] = [1, 3, 10]
     draws: Annotated[int, Field(ge=1)] = 20
     recall_at: list[Annotated[int, Field(ge=1)]] = [1, 5, 10]
+    templates: Annotated[list[str], Field(min_length=1)] = ["{}"]
 
     seed: int = 42
     device: str = "auto"
@@ -275,6 +280,8 @@ class Recipe(_Strict):
                 f"loss.{self.loss.chosen[0]} compares images of one class in a batch, so it needs "
                 "sampler: {pk: {classes: 16, images_per_class: 4}}"
             )
+        if self.memory is not None and self.loss.chosen[0] not in PAIR_LOSSES:
+            raise ValueError(f"memory: only a pair loss remembers items ({', '.join(PAIR_LOSSES)}); leave it out")
         if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:
             raise ValueError("wise_ft: auto chooses on validation classes; set split.class_disjoint.val above 0")
         return self

@@ -16,7 +16,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from vicinal.data.benchmarks import load_benchmark
 from vicinal.data.check import leaks
@@ -34,17 +36,19 @@ from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_table
 from vicinal.data.transforms import train_transform
-from vicinal.embedding import autocast_dtype, default_cache, embed, pick_device
+from vicinal.embedding import autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
+from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
 from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.metrics import topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
-from vicinal.losses import PAIR_LOSSES, PROXY_LOSSES
+from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES, CrossBatchMemory
 from vicinal.losses.margin import start_from_class_means
 from vicinal.models.adapters import adapt, adapters_from_config, check_adapted, merge, parameter_counts
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
+from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import Data, Recipe, TrainValTest
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = [
+    "Texts",
     "bring",
     "bring_path",
     "environment",
@@ -109,7 +114,9 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     say(f"split: {division}")
     needed = division.measured()
     before = everything.where(needed)
-    before_scores = measure(before, division.parts_within(needed), recipe)
+    reads = _reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
+    texts = Texts.of(original, manifest.where(needed), recipe) if reads else None
+    before_scores = measure(before, division.parts_within(needed), recipe, texts)
     _save_embeddings(out, "before", before, division.parts_within(needed))
     save_scores(before_scores, out / "scores" / "before.safetensors")
 
@@ -159,7 +166,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     after = _embed(tuned, manifest.where(needed), recipe, "after", say)
     parts = division.parts_within(needed)
     _save_embeddings(out, "after", after, parts)
-    after_scores = measure(after, parts, recipe)
+    texts = Texts.of(tuned, manifest.where(needed), recipe) if reads else None
+    after_scores = measure(after, parts, recipe, texts)
     save_scores(after_scores, out / "scores" / "after.safetensors")
 
     differences = _differences(before_scores, after_scores)
@@ -262,8 +270,10 @@ def open_model(recipe: Recipe) -> Encoder:
     )
 
 
-def measure(embeddings: Embeddings, parts: Mapping[str, Part], recipe: Recipe) -> dict[str, list[PerQuery]]:
-    """Both protocols on each part: leave-one-out retrieval, and k-shot prototypes over seeded draws.
+def measure(
+    embeddings: Embeddings, parts: Mapping[str, Part], recipe: Recipe, texts: Texts | None = None
+) -> dict[str, list[PerQuery]]:
+    """The protocols on each part: leave-one-out retrieval, k-shot prototypes, and with texts names and captions.
 
     One value a query; nothing is averaged here.
     """
@@ -278,7 +288,53 @@ def measure(embeddings: Embeddings, parts: Mapping[str, Part], recipe: Recipe) -
                 queries, catalog, shots=tuple(recipe.shots), draws=recipe.draws, seed=recipe.seed, fallback=fallback
             ),
         ]
+        if texts is not None:
+            scores[name] += texts.scores(queries, part.queries, tuple(recipe.recall_at))
     return scores
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What the images of a manifest are called, in vectors of one encoder.
+
+    Args:
+        names: a vector for each class.
+        captions: the caption of each of N rows, or None where it has none; None without captions.
+        vectors: theirs, "N D"; of rows without caption meaningless.
+    """
+
+    names: Float[Tensor, "C D"]
+    captions: list[str | None] | None
+    vectors: Float[Tensor, "N D"] | None
+
+    @classmethod
+    def of(cls, encoder: Encoder, manifest: Manifest, recipe: Recipe) -> Texts:
+        """The class names through the recipe's templates, and the column `text`."""
+        settings: dict[str, Any] = {"device": recipe.device, "precision": recipe.precision}
+        written = [name.replace("_", " ") for name in manifest.classes]
+        names = embed_classes(encoder, written, recipe.templates, **settings)
+        captions = manifest.column("text") if "text" in manifest.names() else None
+        if captions is None or not any(captions):
+            return cls(names, None, None)
+        return cls(names, captions, embed_text(encoder, [caption or "" for caption in captions], **settings))
+
+    def scores(self, queries: Embeddings, rows: Bool[Tensor, "N"], ks: tuple[int, ...]) -> list[PerQuery]:
+        """Zero-shot among the classes of the queries, and retrieval of images by captions and back, items by class."""
+        present, labels = torch.unique(queries.labels, return_inverse=True)
+        classes = tuple(queries.classes[i] for i in present.tolist())
+        scores = [zero_shot_scores(replace(queries, labels=labels, classes=classes), self.names[present])]
+        if self.captions is None or self.vectors is None:
+            return scores
+        told = [i for i in rows.nonzero()[:, 0].tolist() if self.captions[i]]
+        if told:
+            place = {row: i for i, row in enumerate(rows.nonzero()[:, 0].tolist())}
+            text_labels = queries.labels[[place[i] for i in told]]
+            captions = [self.captions[i] or "" for i in told]
+            texts = Embeddings(self.vectors[told], text_labels, tuple(captions), queries.classes)
+            found = image_text_scores(queries, texts, captions=captions, ks=ks)
+            values = {name: value for name, value in found.values.items() if not name.endswith("_rank")}
+            scores.append(replace(found, values=values))  # a difference of ranks, where less is more, would mislead
+        return scores
 
 
 def evaluate(
@@ -403,6 +459,12 @@ def _embed(encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say
         )
 
 
+def _reads_text(encoder: Encoder) -> bool:
+    """Whether texts and images meet in one space: a text tower, its tokenizer, and no new head on the images."""
+    readable = encoder.tokenizer is not None and not isinstance(encoder.tokenizer, MissingTokenizer)
+    return readable and encoder.family.encode_text is not None and isinstance(encoder.head, torch.nn.Identity)
+
+
 def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, list[str]]:
     """The manifest without the rows that could not be embedded, and their ids."""
     got = set(embeddings.ids)
@@ -506,7 +568,8 @@ def _objective(
             start_from_class_means(proxies, vectors, train.labels())
         loss = proxies
     else:
-        loss = PAIR_LOSSES[name](**settings.model_dump())
+        pair = PAIR_LOSSES[name](**settings.model_dump())
+        loss = pair if recipe.memory is None else CrossBatchMemory(pair, encoder.embedding_dim, size=recipe.memory)
     return LabelObjective(encoder, loss, retention=recipe.retention, reference=original if recipe.retention else None)
 
 

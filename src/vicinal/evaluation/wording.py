@@ -9,7 +9,8 @@ from typing import TypeGuard
 __all__ = ["PARTS", "as_change", "as_number", "as_text", "counted", "known", "metric_name", "part_order"]
 
 PARTS = ("unseen", "seen", "joint", "all")
-METRIC_NAMES = {"map@r": "MAP@R", "r_precision": "R-precision"}
+METRIC_NAMES = {"map@r": "MAP@R", "r_precision": "R-precision", "mrr": "MRR"}
+WAYS = {"image_to_text_": "Image to text", "text_to_image_": "Text to image"}
 
 
 def part_order(name: str) -> tuple[int, str]:
@@ -75,8 +76,16 @@ def metric_name(name: str) -> str:
 
     >>> metric_name("map@r"), metric_name("recall@5"), metric_name("accuracy@1shot"), metric_name("f1")
     ('MAP@R', 'Recall@5', '1-shot accuracy', 'f1')
+    >>> metric_name("full/text_to_image_recall@10"), metric_name("accuracy@0shot")
+    ('Text to image Recall@10, full', 'Zero-shot accuracy')
     """
+    if "/" in name:
+        protocol, _, rest = name.partition("/")
+        way = next((way for way in WAYS if rest.startswith(way)), "")
+        return f"{WAYS.get(way, '')} {metric_name(rest.removeprefix(way))}, {protocol}".strip()
     kind, _, detail = name.partition("@")
+    if name == "accuracy@0shot":
+        return "Zero-shot accuracy"
     if kind == "accuracy" and detail.endswith("shot"):
         return f"{detail.removesuffix('shot')}-shot accuracy"
     return METRIC_NAMES.get(name) or (f"Recall@{detail}" if kind == "recall" and detail else name)

@@ -1,35 +1,54 @@
-"""Losses on embeddings and labels: `loss(embeddings: "B D", labels: "B", *, groups=None) -> ""`.
+"""Losses on embeddings: of labelled items, `loss(embeddings: "B D", labels: "B", *, groups=None) -> ""`; of images with
+texts, `loss(image: "B D", text: "B D", *, ids=None) -> ""`.
 
 The table a loss stands in says what it is built with. One of PROXY_LOSSES has a weight for each class and is built as
-`Loss(dim, classes, **settings)`; one of PAIR_LOSSES compares the items of a batch and is built as `Loss(**settings)`.
+`Loss(dim, classes, **settings)`; one of PAIR_LOSSES compares the items of a batch and is built as `Loss(**settings)`;
+one of CONTRASTIVE_LOSSES compares images with texts and starts from the encoder's own scale (and bias).
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from vicinal.losses.contrastive import InfoNCE, SigLIP
 from vicinal.losses.distillation import Retention
 from vicinal.losses.margin import ArcFace, CosFace, EasyArcFace, SubCenterArcFace, start_from_class_means
-from vicinal.losses.pair import NTXent, SupCon, Triplet
+from vicinal.losses.pair import CrossBatchMemory, MultiSimilarity, NTXent, SupCon, Triplet
+from vicinal.losses.proxy import ProxyAnchor, ProxyNCA
 
 __all__ = [
+    "CONTRASTIVE_LOSSES",
     "PAIR_LOSSES",
     "PROXY_LOSSES",
     "ArcFace",
     "CosFace",
+    "CrossBatchMemory",
     "EasyArcFace",
+    "InfoNCE",
+    "MultiSimilarity",
     "NTXent",
+    "ProxyAnchor",
+    "ProxyNCA",
     "Retention",
+    "SigLIP",
     "SubCenterArcFace",
     "SupCon",
     "Triplet",
     "start_from_class_means",
 ]
 
-PROXY_LOSSES: dict[str, type[ArcFace | EasyArcFace | SubCenterArcFace | CosFace]] = {
+PROXY_LOSSES: dict[str, type[ArcFace | EasyArcFace | SubCenterArcFace | CosFace | ProxyAnchor | ProxyNCA]] = {
     "arcface": ArcFace,
     "easy_arcface": EasyArcFace,
     "subcenter_arcface": SubCenterArcFace,
     "cosface": CosFace,
+    "proxy_anchor": ProxyAnchor,
+    "proxy_nca": ProxyNCA,
 }
-PAIR_LOSSES: dict[str, type[nn.Module]] = {"ntxent": NTXent, "supcon": SupCon, "triplet": Triplet}
+PAIR_LOSSES: dict[str, type[NTXent | SupCon | Triplet | MultiSimilarity]] = {
+    "ntxent": NTXent,
+    "supcon": SupCon,
+    "triplet": Triplet,
+    "multi_similarity": MultiSimilarity,
+}
+CONTRASTIVE_LOSSES: dict[str, type[nn.Module]] = {"infonce": InfoNCE, "siglip": SigLIP}
