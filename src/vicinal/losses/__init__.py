@@ -1,5 +1,7 @@
-"""Losses on embeddings: of labelled items, `loss(embeddings: "B D", labels: "B", *, groups=None) -> ""`; of images with
-texts, `loss(image: "B D", text: "B D", *, ids=None) -> ""`.
+"""Losses on embeddings: of labelled items, and of images with texts.
+
+    loss(embeddings: "B D", labels: "B", *, groups=None) -> ""
+    loss(image: "B D", text: "B D", *, ids=None) -> ""
 
 The table a loss stands in says what it is built with. One of PROXY_LOSSES has a weight for each class and is built as
 `Loss(dim, classes, **settings)`; one of PAIR_LOSSES compares the items of a batch and is built as `Loss(**settings)`;
