@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicinal.data.samplers import PKSampler, Sampler, ShuffleSampler, occurrence
+from vicinal.data.samplers import HardClassSampler, PKSampler, Sampler, ShuffleSampler, occurrence
 from vicinal.types import InputError
 
 
@@ -20,12 +20,21 @@ def labels_of(sizes: list[int], seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).permutation(labels))
 
 
-# --- both -----------------------------------------------------------------------------------------------------------
+def ring(classes: int, neighbours: int) -> np.ndarray:
+    """Classes in a ring: the nearest are the next, then the one before, then the one after the next."""
+    steps = np.array([(i // 2 + 1) * (-1) ** i for i in range(neighbours)])
+    return (np.arange(classes)[:, None] + steps) % classes
+
+
+# --- all ------------------------------------------------------------------------------------------------------------
 
 SAMPLERS = {
     "shuffle": lambda seed: ShuffleSampler(103, 10, seed=seed),
     "shuffle to the last": lambda seed: ShuffleSampler(103, 10, seed=seed, drop_last=False),
     "pk": lambda seed: PKSampler(labels_of([3, 4, 5, 30, 1, 9, 12, 40]), classes=4, images_per_class=3, seed=seed),
+    "hard": lambda seed: HardClassSampler(
+        labels_of([3, 4, 5, 30, 1, 9, 12, 40]), ring(8, 5), classes=4, images_per_class=3, seed=seed
+    ),
 }
 
 
@@ -177,6 +186,111 @@ def test_pk_refuses_what_cannot_be(p: int, k: int) -> None:
 def test_pk_names_the_key_to_mend() -> None:
     with pytest.raises(InputError, match=r"sampler\.pk\.classes=3"):
         PKSampler(labels_of([5, 5, 5]), classes=16, images_per_class=2, seed=0)
+
+
+# --- HardClassSampler -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=25),
+    p=st.integers(1, 8),
+    k=st.integers(1, 6),
+    m=st.integers(0, 12),
+    seed=st.integers(0, 3),
+)
+def test_hard_batches_keep_what_pk_promises(sizes: list[int], p: int, k: int, m: int, seed: int) -> None:
+    """Any sizes and any lists, also of hubs, too short or empty."""
+    labels = labels_of(sizes)
+    p = min(p, len(sizes))
+    lists = np.random.default_rng(seed).integers(0, 1 + len(sizes) // 2, (len(sizes), m)) % len(sizes)
+    sampler = HardClassSampler(labels, lists, classes=p, images_per_class=k, seed=seed)
+    plain = PKSampler(labels, classes=p, images_per_class=k, seed=seed)
+    assert (len(sampler), sampler.batch_size) == (len(plain), plain.batch_size)
+    assert (sampler.repeated, sampler.singles) == (plain.repeated, plain.singles)
+    for epoch in range(2):
+        batches = sampler.epoch(epoch)
+        assert len(batches) == len(sampler)
+        for batch in batches:
+            groups = [batch[at : at + k] for at in range(0, p * k, k)]
+            classes = [set(labels[group].tolist()) for group in groups]
+            assert len(batch) == p * k
+            assert all(len(found) == 1 for found in classes)
+            assert len(set.union(*classes)) == p
+        # Every class comes as often as without neighbours, and so does every image.
+        assert class_counts(labels, batches) == class_counts(labels, plain.epoch(epoch))
+        times = Counter(row for batch in batches for row in batch)
+        for label in labels.unique():
+            seen = [times[row] for row in (labels == label).nonzero().flatten().tolist()]
+            assert max(seen) - min(seen) <= 1
+    if m == 0:
+        assert sampler.epoch(3) == plain.epoch(3)
+
+
+def class_counts(labels: torch.Tensor, batches: list[list[int]]) -> Counter[int]:
+    return Counter(labels[[row for batch in batches for row in batch]].tolist())
+
+
+def test_each_batch_is_a_class_and_its_nearest() -> None:
+    """Lists against a nested loop: whoever begins, the rest are the nearest that have something left, then any."""
+    labels, lists = labels_of([8] * 30), ring(30, 6)
+    sampler = HardClassSampler(labels, lists, classes=4, images_per_class=4, seed=2)
+    left = Counter(dict.fromkeys(range(30), 2))
+    whole = 0
+    for batch in sampler.epoch(0):
+        classes = list(dict.fromkeys(((labels[batch] - 1) // 3).tolist()))
+
+        def follows(c: int, batch_of: list[int] = classes) -> bool:
+            nearest = [n for n in lists[c].tolist() if left[n]][:3]
+            return set(nearest) <= set(batch_of) and (len(nearest) < 3 or {c, *nearest} == set(batch_of))
+
+        assert any(follows(c) for c in classes)
+        whole += any(len([n for n in lists[c] if left[n]]) >= 3 and follows(c) for c in classes)
+        left.subtract(classes)
+    assert whole >= len(sampler) / 2
+    assert set(left.values()) == {0}
+
+
+def test_neighbours_meet_far_more_often_than_strangers() -> None:
+    classes = 200
+    labels, lists = labels_of([12] * classes), ring(classes, 24)
+    near = {(c, int(n)) for c in range(classes) for n in lists[c, :8]}
+
+    def share(sampler: Sampler) -> float:
+        met = [pair for batch in sampler.epoch(0) for pair in _pairs((labels[batch] - 1) // 3)]
+        return sum(pair in near for pair in met) / len(met)
+
+    hard = share(HardClassSampler(labels, lists, classes=8, images_per_class=4, seed=0))
+    assert hard > 0.5
+    assert share(PKSampler(labels, classes=8, images_per_class=4, seed=0)) < 0.06
+
+
+def test_companions_change_from_epoch_to_epoch() -> None:
+    labels = labels_of([4] * 24)
+    sampler = HardClassSampler(labels, ring(24, 6), classes=4, images_per_class=4, seed=0)
+    met = {frozenset(labels[batch].tolist()) for epoch in range(10) for batch in sampler.epoch(epoch)}
+    assert len(met) > 12
+
+
+def test_hard_takes_tensors_and_many_classes() -> None:
+    classes = 20_000
+    labels = torch.arange(classes).repeat(4)
+    lists = torch.from_numpy(ring(classes, 16))
+    sampler = HardClassSampler(labels, lists, classes=16, images_per_class=4, seed=0)
+    rows = [row for batch in sampler.epoch(0) for row in batch]
+    assert sorted(rows) == list(range(4 * classes))
+
+
+def test_hard_refuses_lists_of_other_classes() -> None:
+    labels = labels_of([5, 5, 5])
+    with pytest.raises(InputError, match="4 classes, but 3"):
+        HardClassSampler(labels, ring(4, 2), classes=2, images_per_class=2, seed=0)
+    with pytest.raises(InputError, match="from 0 to 2"):
+        HardClassSampler(labels, np.array([[1], [3], [0]]), classes=2, images_per_class=2, seed=0)
+    with pytest.raises(InputError, match="from 0 to 2"):
+        HardClassSampler(labels, np.array([[1], [-1], [0]]), classes=2, images_per_class=2, seed=0)
+    with pytest.raises(InputError, match=r"sampler\.hard_class\.classes=3"):
+        HardClassSampler(labels, ring(3, 2), classes=4, images_per_class=2, seed=0)
 
 
 def test_occurrence_counts_what_stood_before() -> None:

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vicinal.evaluation import metrics
-from vicinal.evaluation.metrics import map_at_r, r_precision, recall_at_k, retrieval_values, topk
+from vicinal.evaluation.metrics import (
+    class_neighbours,
+    map_at_r,
+    map_at_r_legacy,
+    nmi,
+    r_precision,
+    recall_at_k,
+    retrieval_values,
+    topk,
+)
 
 # ---- references: one query, Python floats
 
@@ -37,6 +46,14 @@ def loop_map_at_r(scores: list[float], relevant: list[bool]):
     return total / R if R else math.nan
 
 
+def loop_map_at_r_legacy(scores: list[float], relevant: list[bool]):
+    """The released code's way: R of the whole class, the query included; its ranking without the query."""
+    size = sum(relevant) + 1
+    order = [relevant[i] for i in ranked(scores)][:size]
+    hits = [sum(order[: i + 1]) / (i + 1) for i in range(len(order)) if order[i]]
+    return sum(hits) / size if any(relevant) else math.nan
+
+
 def loop_r_precision(scores: list[float], relevant: list[bool]):
     R = sum(relevant)
     return sum(relevant[i] for i in ranked(scores)[:R]) / R if R else math.nan
@@ -47,6 +64,7 @@ METRICS = {
     "recall@3": (lambda s, r: recall_at_k(s, r, 3), lambda s, r: loop_recall(s, r, 3)),
     "recall@1000": (lambda s, r: recall_at_k(s, r, 1000), lambda s, r: loop_recall(s, r, 1000)),
     "map@r": (map_at_r, loop_map_at_r),
+    "map@r_legacy": (map_at_r_legacy, loop_map_at_r_legacy),
     "r_precision": (r_precision, loop_r_precision),
 }
 
@@ -66,12 +84,13 @@ def test_every_metric_equals_the_loop(name: str, data: st.DataObject):
 
 
 def test_the_table_of_metrics_is_whole():
-    assert len(METRICS) == 5
+    assert len(METRICS) == 6
 
 
 def test_toy_of_the_specification():
     scores, relevant = torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.tensor([[True, False, True, False]])
     assert map_at_r(scores, relevant).tolist() == [0.5]
+    assert map_at_r_legacy(scores, relevant).item() == pytest.approx(0.555556, abs=1e-6)
     assert r_precision(scores, relevant).tolist() == [0.5]
     assert recall_at_k(scores, relevant, 1).tolist() == [1.0]
 
@@ -81,6 +100,15 @@ def test_misses_before_the_hit_lower_map_but_not_r_precision():
     late = torch.tensor([[False, True, True, True]])
     assert map_at_r(scores, late).item() == pytest.approx((1 / 2 + 2 / 3) / 3)
     assert r_precision(scores, late).item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("n", [2, 5, 60, 83])
+def test_a_perfect_ranking_is_one_but_not_in_the_legacy_way(n: int):
+    x = torch.nn.functional.one_hot(torch.arange(4)).float().repeat_interleave(n, 0)
+    y = torch.arange(4).repeat_interleave(n)
+    found = retrieval_values(x, y, x, y, exclude=torch.arange(4 * n), legacy=True)
+    assert (found["map@r"] == 1).all()
+    torch.testing.assert_close(found["map@r_legacy"], torch.full((4 * n,), (n - 1) / n))
 
 
 def test_a_masked_column_is_never_found():
@@ -346,8 +374,8 @@ def clustered(sizes: list[int], width: int, noise: float, seed: int) -> tuple[to
 def test_leave_one_out_equals_the_loop(way: str):
     """Classes of 1 to 40 in one set, so that blocks differ in depth."""
     x, y = clustered([1, 2, 3, 40, 5, 1, 7] + [6] * 240, 16, 1.2, 0)
-    found = retrieval_values(x, y, x, y, ks=(1, 5), exclude=torch.arange(len(y)))
-    assert list(found) == ["recall@1", "recall@5", "map@r", "r_precision"]
+    found = retrieval_values(x, y, x, y, ks=(1, 5), exclude=torch.arange(len(y)), legacy=True)
+    assert list(found) == ["recall@1", "recall@5", "map@r", "r_precision", "map@r_legacy"]
     asked = [*range(0, len(y), 17), *(y == 3).nonzero().flatten().tolist(), *(y == 0).nonzero().flatten().tolist()]
     for q in asked:
         scores = (x.double() @ x[q].double()).tolist()
@@ -357,6 +385,7 @@ def test_leave_one_out_equals_the_loop(way: str):
             "recall@1": loop_recall(s, r, 1),
             "recall@5": loop_recall(s, r, 5),
             "map@r": loop_map_at_r(s, r),
+            "map@r_legacy": loop_map_at_r_legacy(s, r),
             "r_precision": loop_r_precision(s, r),
         }
         for name, value in expected.items():
@@ -409,3 +438,44 @@ def test_the_peers_find_the_same():
         hit = [(y[r[r != q][:k]] == y[q]).any().item() for q, r in enumerate(rows)]
         assert found[f"recall@{k}"] == pytest.approx(sum(hit) / 5000, abs=5e-8)
     assert 0.2 < found["map@r"] < 0.9
+
+
+# ---- classes
+
+
+def test_class_neighbours_equal_the_loop():
+    x, y = clustered([3, 1, 5, 8, 2, 2], 6, 1.0, 3)
+    x, y = x * torch.linspace(0.5, 3, len(x))[:, None], y * 4 + 1  # of several lengths, with gaps in the numbering
+    means = []
+    for label in sorted(set(y.tolist())):
+        rows = [x[i].double() / x[i].double().norm() for i in range(len(y)) if y[i] == label]
+        means.append(sum(rows) / len(rows))
+    for c, found in enumerate(class_neighbours(x, y, 4).tolist()):
+        cosines = {o: float(means[c] @ m / (means[c].norm() * m.norm())) for o, m in enumerate(means) if o != c}
+        assert found == sorted(cosines, key=lambda o: -cosines[o])[:4]
+    assert class_neighbours(x, y, 50).shape == (6, 5)
+    assert class_neighbours(x[:1], y[:1], 3).shape == (1, 0)
+    with pytest.raises(ValueError, match="k >= 1"):
+        class_neighbours(x, y, 0)
+
+
+def test_nmi_is_that_of_the_counts():
+    """Clusters that are plain to see, so that k-means has one answer; the information by hand."""
+    places = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    labels = torch.tensor([4, 4, 4, 9, 9, 9, 9, 5, 5, 4])
+    x = torch.nn.functional.one_hot(places).float() + 0.01 * torch.arange(10)[:, None] % 3
+
+    def entropy(values: list[object]):
+        return -sum(math.log(values.count(v) / len(values)) * values.count(v) / len(values) for v in set(values))
+
+    pairs = list(zip(places.tolist(), labels.tolist(), strict=True))
+    joint, both = entropy(pairs), entropy(places.tolist()) + entropy(labels.tolist())
+    found = max(nmi(x, labels, seed=seed) for seed in range(5))  # from some starts k-means joins two places
+    assert found == pytest.approx(2 * (both - joint) / both, abs=1e-9)
+    assert nmi(x, labels) == nmi(x, labels)
+    assert nmi(x, places + 3, seed=1) <= 1.0
+
+
+def test_nmi_where_rows_are_equal_or_of_one_class():
+    assert nmi(torch.ones(4, 2), torch.tensor([0, 0, 1, 1])) == 0.0
+    assert nmi(torch.eye(3), torch.zeros(3, dtype=torch.long)) == 1.0

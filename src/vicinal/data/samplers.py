@@ -1,10 +1,10 @@
-"""Which rows make a batch: plain shuffling, or P classes with K images of each.
+"""Which rows make a batch: plain shuffling, or K images each of P classes: any, or such as are hard to tell apart.
 
 An epoch is a pure function of (seed, epoch): nothing is carried from one to the next, so that training can restart at
 any batch without replaying those before.
 
 Letters: N rows, C classes, n_c rows of class c, P classes a batch, K images a class, L batches an epoch, G = P L groups
-of K rows in an epoch, q_c groups of class c.
+of K rows in an epoch, q_c groups of class c, M neighbours of a class.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vicinal.types import InputError
 
-__all__ = ["PKSampler", "Sampler", "ShuffleSampler", "occurrence"]
+__all__ = ["HardClassSampler", "PKSampler", "Sampler", "ShuffleSampler", "occurrence"]
 
 
 @runtime_checkable
@@ -131,6 +131,9 @@ class PKSampler:
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """The rows of every batch: P runs of K rows of one class."""
+        return self._epoch(epoch, None)
+
+    def _epoch(self, epoch: int, neighbours: Int[np.ndarray, "C M"] | None) -> list[list[int]]:
         rows, per_class = len(self._position), len(self._counts)
         draws = _random(self.seed, epoch, rows + per_class + self.classes * self._batches + 1)
         by_row, by_class, by_group, offset = np.split(
@@ -145,7 +148,7 @@ class PKSampler:
         groups = np.empty(per_class, dtype=np.int64)
         groups[order] = np.diff(edges, prepend=0.0).astype(np.int64)
         tokens = np.repeat(np.arange(per_class), groups)[by_group.argsort(kind="stable")]
-        plan = np.array(_deal(tokens.tolist(), groups.tolist(), self._batches, self.classes))
+        plan = np.array(_deal(tokens.tolist(), groups.tolist(), self._batches, self.classes, neighbours))
         # The j-th group of a class takes its rows j K … j K + K - 1, counted round and round.
         flat = plan.reshape(-1)
         nth = occurrence(flat)
@@ -153,6 +156,78 @@ class PKSampler:
         taken = shuffled[self._starts[flat][:, None] + within % self._counts[flat][:, None]]
         batches: list[list[int]] = taken.reshape(self._batches, self.batch_size).tolist()
         return batches
+
+
+class HardClassSampler:
+    """Batches of a class and those nearest to it, K images of each: pairs of random classes soon teach nothing more.
+
+    Each batch is begun by a class at random and filled with the nearest of its neighbours that are not used up in this
+    epoch, and, where its list is at an end, with other classes at random. Everything else is as in `PKSampler`: how
+    often a class comes up in an epoch does not depend on its neighbours, so no class is forgotten because it is no
+    other's, and none takes over because it is everyone's. Towards the end of an epoch, batches are less hard.
+
+    Args:
+        labels: "N", the class of each row.
+        neighbours: "C M", for each class in ascending order of labels its M nearest classes, nearest first, as places
+            in that order. `evaluation.metrics.class_neighbours` makes it. M of a few times P is best; M may be less.
+        classes: P, different classes a batch.
+        images_per_class: K.
+        seed: of the draws.
+
+    Attributes:
+        repeated: as in `PKSampler`.
+        singles: as in `PKSampler`.
+
+    Raises:
+        InputError: there are fewer than P classes, or `neighbours` is not of these classes.
+
+    >>> labels = np.array([0, 0, 1, 1, 2, 2, 3, 3])    # 0 and 2 are alike, and 1 and 3
+    >>> nearest = np.array([[2], [3], [0], [1]])
+    >>> sampler = HardClassSampler(labels, nearest, classes=2, images_per_class=2, seed=0)
+    >>> sorted(sorted(batch) for batch in sampler.epoch(0))
+    [[0, 1, 4, 5], [2, 3, 6, 7]]
+    """
+
+    def __init__(
+        self,
+        labels: Int[Tensor, "N"] | Int[np.ndarray, "N"],
+        neighbours: Int[Tensor, "C M"] | Int[np.ndarray, "C M"],
+        *,
+        classes: int,
+        images_per_class: int,
+        seed: int,
+    ) -> None:
+        self._neighbours = np.asarray(neighbours)
+        found, known = len(np.unique(np.asarray(labels))), len(self._neighbours)
+        if found < classes:
+            raise InputError(
+                f"sampler.hard_class.classes={classes}, but there are only {found} classes to train on; "
+                f"set sampler.hard_class.classes={found} or less"
+            )
+        self._pk = PKSampler(labels, classes=classes, images_per_class=images_per_class, seed=seed)
+        if known != found:
+            raise InputError(
+                f"there are neighbours of {known} classes, but {found} classes to train on: make them anew"
+            )
+        if self._neighbours.size and not 0 <= self._neighbours.min() <= self._neighbours.max() < found:
+            raise InputError(f"neighbours must be places among the {found} classes, from 0 to {found - 1}")
+        self.seed = seed
+        self.classes = classes
+        self.images_per_class = images_per_class
+        self.repeated = self._pk.repeated
+        self.singles = self._pk.singles
+
+    @property
+    def batch_size(self) -> int:
+        """P K."""
+        return self._pk.batch_size
+
+    def __len__(self) -> int:
+        return len(self._pk)
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The rows of every batch: P runs of K rows of one class."""
+        return self._pk._epoch(epoch, self._neighbours)
 
 
 def _random(seed: int, epoch: int, count: int) -> Float[np.ndarray, "count"]:
@@ -174,7 +249,13 @@ def _fill(natural: Float[np.ndarray, "C"], *, limit: int, total: int) -> Float[n
     return np.full_like(natural, float(limit))
 
 
-def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -> list[list[int]]:
+def _deal(
+    tokens: list[int],
+    remaining: list[int],
+    batches: int,
+    classes: int,
+    neighbours: Int[np.ndarray, "C M"] | None = None,
+) -> list[list[int]]:
     """Lay groups (named by their class) into batches of `classes` different ones, in the order given where it can be.
 
     A class with as many groups left as there are batches left has to be taken now. That is enough to never get stuck:
@@ -185,12 +266,14 @@ def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -
         remaining: groups of each class; none above `batches`, their sum `classes` x `batches`. Counted down here.
         batches: L.
         classes: P.
+        neighbours: of each class; a batch is then filled with those of its first class while they have groups left.
     """
     queue = deque(tokens)
     # The batch from which on a class must be in all, if it is in none before: a heap, corrected when entries come due.
     due = [(batches - count, c) for c, count in enumerate(remaining) if count]
     heapq.heapify(due)
     forced: set[int] = set()
+    ahead = [0] * len(remaining)  # groups taken as someone's neighbour, whose turns in the queue are still to come
     plan = []
     for batch in range(batches):
         while due and due[0][0] <= batch:
@@ -201,12 +284,21 @@ def _deal(tokens: list[int], remaining: list[int], batches: int, classes: int) -
                 heapq.heappush(due, (batches - remaining[c], c))
         chosen = dict.fromkeys(forced)
         deferred = []
+        begun = neighbours is None
         while len(chosen) < classes:
             c = queue.popleft()
-            if c not in chosen:
+            if ahead[c]:
+                ahead[c] -= 1
+            elif c in chosen:
+                if c not in forced:  # which need no turn in the queue any more
+                    deferred.append(c)
+            else:
                 chosen[c] = None
-            elif c not in forced:  # which need no turn in the queue any more
-                deferred.append(c)
+                for near in () if begun or neighbours is None else neighbours[c].tolist():
+                    if len(chosen) < classes and near not in chosen and remaining[near]:
+                        chosen[near] = None
+                        ahead[near] += 1
+                begun = True
         queue.extendleft(reversed(deferred))
         for c in chosen:
             remaining[c] -= 1

@@ -6,6 +6,7 @@ items in the whole gallery, the query itself excluded:
     recall@k    = max(rel_1 .. rel_k)
     r_precision = (rel_1 + ... + rel_R) / R
     map@r       = (1 / R) sum over i <= R of rel_i (rel_1 + ... + rel_i) / i         (Musgrave et al. 2020, 2003.08505)
+    map@r_legacy is the same with R + 1 for R, as in some published code: only to compare with tables made by it
 
 A query without any relevant item has no value: NaN. Equal similarities are ranked in the order of the gallery.
 
@@ -36,7 +37,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["map_at_r", "r_precision", "recall_at_k", "retrieval_values", "topk"]
+__all__ = [
+    "class_neighbours",
+    "map_at_r",
+    "map_at_r_legacy",
+    "nmi",
+    "r_precision",
+    "recall_at_k",
+    "retrieval_values",
+    "topk",
+]
 
 BLOCK = 512  # queries at once; fewer where their similarities would exceed BLOCK_BYTES
 BLOCK_BYTES = 64 * 2**20
@@ -88,6 +98,29 @@ def map_at_r(similarity: Float[Tensor, "q G"], relevant: Bool[Tensor, "q G"]) ->
     return _average_precision(_ranked(similarity, relevant), relevant.sum(1))
 
 
+def map_at_r_legacy(similarity: Float[Tensor, "q G"], relevant: Bool[Tensor, "q G"]) -> Float[Tensor, "q"]:
+    """MAP@R with R + 1 for R: the query counted as one of its relevant items, although it is left out of the ranking.
+
+    So the code of VPTSP-G (arXiv:2402.02340) has it. A perfect ranking of a class of n has (n - 1) / n and no more, so
+    where classes are small the values are far below those of `map_at_r`. To be quoted only beside numbers that were
+    computed like this.
+
+    Args:
+        similarity: as in `recall_at_k`.
+        relevant: as in `recall_at_k`.
+
+    Returns:
+        One value a query, NaN where nothing is relevant.
+
+    Raises:
+        ValueError: a similarity is NaN.
+
+    >>> map_at_r_legacy(torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.tensor([[True, False, True, False]]))
+    tensor([0.5556])
+    """
+    return _legacy(_ranked(similarity, relevant), relevant.sum(1))
+
+
 def r_precision(similarity: Float[Tensor, "q G"], relevant: Bool[Tensor, "q G"]) -> Float[Tensor, "q"]:
     """The share of relevant items among the R best, R being how many there are.
 
@@ -115,6 +148,7 @@ def retrieval_values(
     *,
     ks: Sequence[int] = (1, 5, 10),
     exclude: Int[Tensor, "Q"] | None = None,
+    legacy: bool = False,
 ) -> dict[str, Float[Tensor, "Q"]]:
     """recall@k, map@r and r_precision from embeddings, without ever holding Q x G similarities.
 
@@ -127,6 +161,7 @@ def retrieval_values(
         gallery_labels: the class of each item, from the same list.
         ks: the k of recall@k.
         exclude: the gallery row that is the query itself, -1 for none; it neither counts as relevant nor as a miss.
+        legacy: give map@r_legacy too.
 
     Returns:
         Metric name -> one value a query, NaN where the gallery holds nothing relevant.
@@ -146,17 +181,87 @@ def retrieval_values(
     if exclude is not None:
         own = (exclude >= 0).nonzero().flatten()
         count[own] -= (gallery_labels[exclude[own]] == query_labels[own]).long()
-    names = [f"recall@{k}" for k in ks] + ["map@r", "r_precision"]
+    names = [*(f"recall@{k}" for k in ks), "map@r", "r_precision", *(["map@r_legacy"] if legacy else [])]
     values = {name: torch.full((len(queries),), torch.nan, device=queries.device) for name in names}
     asked = count.nonzero().flatten()  # the others have no value: their neighbours need not be found
-    depth = count.clamp(min=max(ks, default=1))
+    depth = (count + legacy).clamp(min=max(ks, default=1))
     for rows, _, found in _neighbours(queries, gallery, asked, depth[asked], exclude):
         ranked = gallery_labels[found] == query_labels[rows, None]  # itself, where all are ranked, comes after the R-th
         for k in ks:
             values[f"recall@{k}"][rows] = _recall(ranked, count[rows], k)
         values["map@r"][rows] = _average_precision(ranked, count[rows])
         values["r_precision"][rows] = _precision(ranked, count[rows])
+        if legacy:
+            values["map@r_legacy"][rows] = _legacy(ranked, count[rows])
     return values
+
+
+def class_neighbours(vectors: Float[Tensor, "N D"], labels: Int[Tensor, "N"], k: int) -> Int[Tensor, "C k"]:
+    """The k classes nearest to each class, by the cosine of their means: what `HardClassSampler` takes.
+
+    Exact, and blockwise as `topk` is: 100,000 classes of 512 numbers cost 10^13 operations, so seconds on a GPU or many
+    cores, and about half a minute on one core that multiplies bfloat16.
+
+    Args:
+        vectors: normalised here, so that long ones do not outweigh others.
+        labels: the class of each row. Classes are numbered here in ascending order of those that there are.
+        k: neighbours of each; all other classes where there are fewer.
+
+    Returns:
+        Numbers of classes, nearest first; never a class itself.
+
+    Raises:
+        ValueError: k < 1, or a vector is not finite.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    >>> class_neighbours(x, torch.tensor([3, 5, 8]), k=1)
+    tensor([[1],
+            [0],
+            [1]])
+    """
+    place = (torch.bincount(labels) > 0).cumsum(0) - 1
+    classes = int(place[-1]) + 1
+    unit = functional.normalize(vectors.detach().float(), dim=1)
+    sums = unit.new_zeros(classes, unit.shape[1]).index_add_(0, place[labels], unit)
+    means = functional.normalize(sums, dim=1)
+    nearest = topk(means, means, k, exclude=torch.arange(classes, device=means.device))[1]
+    return nearest[:, : classes - 1]
+
+
+def nmi(vectors: Float[Tensor, "N D"], labels: Int[Tensor, "N"], *, iterations: int = 20, seed: int = 0) -> float:
+    """Normalised mutual information of the classes and of as many k-means clusters; 1 if they are the same.
+
+    2 I(labels; clusters) / (H(labels) + H(clusters)), as in most tables of metric learning; 1 for one class. It says
+    little that recall@1 and map@r do not, moves with the seed of k-means, and chance alone gives a high value where
+    classes are small. It is one number for all queries, so it has no interval.
+
+    Args:
+        vectors: unit rows, where cosines are meant.
+        labels: the class of each row.
+        iterations: the most that k-means takes, from rows drawn at random. The usual, faiss's: 20.
+        seed: of the rows that k-means starts from.
+
+    Raises:
+        ValueError: there are no rows, or a vector is not finite.
+
+    >>> x = torch.tensor([[0.0, 0.0], [0.1, 0.0], [5.0, 5.0], [5.1, 5.0]])
+    >>> nmi(x, torch.tensor([7, 7, 2, 2]))
+    1.0
+    """
+    from sklearn.cluster import KMeans  # heavy, and needed by those alone who ask for this
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics import normalized_mutual_info_score
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct rows than classes: some clusters are empty
+        clusters = KMeans(
+            n_clusters=int((torch.bincount(labels) > 0).sum()),
+            init="random",
+            n_init=1,
+            max_iter=iterations,
+            random_state=seed,
+        ).fit_predict(vectors.detach().float().cpu().numpy())
+    return float(normalized_mutual_info_score(labels.cpu().numpy(), clusters))
 
 
 def topk(
@@ -225,6 +330,10 @@ def _average_precision(ranked: Bool[Tensor, "q K"], count: Int[Tensor, "q"]) -> 
     hits = (ranked & _within(ranked, count)).double()
     precision = hits.cumsum(1) / torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
     return _where_any(((precision * hits).sum(1) / count).float(), count)
+
+
+def _legacy(ranked: Bool[Tensor, "q K"], count: Int[Tensor, "q"]) -> Float[Tensor, "q"]:
+    return torch.where(count > 0, _average_precision(ranked, count + 1), torch.nan)
 
 
 def _within(ranked: Bool[Tensor, "q K"], count: Int[Tensor, "q"]) -> Bool[Tensor, "q K"]:
