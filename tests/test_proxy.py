@@ -199,6 +199,11 @@ def test_labels_that_are_no_class_are_refused(name: str, label: int, way: str):
         LOSSES[name](3, 4)(torch.randn(2, 3), torch.tensor([0, label]))
 
 
+def test_sums_over_items_are_for_one_vector_a_class():
+    with pytest.raises(ValueError, match="one vector"):
+        own_and_others(torch.eye(2), torch.ones(2, 3, 2), torch.arange(2), 1.0, over="items")
+
+
 def test_proxies_start_from_class_means():
     for loss in (ProxyAnchor(2, 2), ProxyNCA(2, 2)):
         start_from_class_means(loss, torch.tensor([[5.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]))

@@ -86,15 +86,20 @@ def own_and_others(
 
     Args:
         embeddings: x, of any length.
-        weight: w, one vector or K vectors a class, of any length.
+        weight: w, one vector or K vectors a class, of any length; over the items, one.
         labels: y, 0 to C - 1.
         scale: s.
         over: what is summed over; r has B numbers for "classes", C for "items".
+
+    Raises:
+        ValueError: a sum over the items is asked for, and there are several vectors a class.
 
     >>> x, w = torch.tensor([[3.0, 0.0]]), torch.eye(2)
     >>> own_and_others(x, w, torch.tensor([0]), 1.0, over="classes")
     (tensor([1.]), tensor([0.]))
     """
+    if over == "items" and weight.dim() == 3:
+        raise ValueError("sums over the items are for one vector a class")
     device = embeddings.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     with torch.autocast(device, enabled=False):
@@ -209,8 +214,6 @@ class _Tiles:
         norm_T = raw_TD.norm(dim=1)
         shrink_T = norm_T.clamp_min(EPS).reciprocal_()
         unit_TD = torch.mul(raw_TD, shrink_T[:, None], out=raw_TD.new_empty(raw_TD.shape, dtype=self.x.dtype))
-        if near is not None and K > 1 and near.shape[1] > 1:
-            near = near.repeat_interleave(K, dim=1)
         cos_BT, chosen = self._inner(unit_TD, near), None
         if K > 1:
             # max, not amax: of equal sub-centres one takes the gradient, so that they can part.
