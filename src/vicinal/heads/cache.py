@@ -334,8 +334,9 @@ class APE(Head):
     of vectors (images and text) of different classes; V_d, its variance over the texts. In closed form, with u_c the
     sum of the m_c vectors of class c, S = ((sum u_c)^2 - sum u_c^2) / ((sum m_c)^2 - sum m_c^2).
 
-    With adapted features their own channels are chosen by S over the adapted images, and the keys' weights come from
-    frozen features. Without text likewise S alone chooses, and keys weigh the same.
+    With adapted features, S takes its products of two images from them, and those with text from frozen ones; where
+    their width is another, they choose by themselves. The keys' weights come from frozen features. Without text, S of
+    the images chooses alone, and keys weigh the same.
 
     Args:
         alpha: weight of the cache; None: chosen. Without a choice: 1.
@@ -384,32 +385,32 @@ class APE(Head):
         return {"beta": BETAS, "gamma": gammas, "alpha": ALPHAS}
 
     def _learn(self, support: Support, points: Points) -> Learned:
-        frozen = support.image is support.frozen
-        kept = self._channels(support.image, support.labels, support.text if frozen else None)
+        kept = self._channels(support, support.image)
         keys = unit(support.image[:, kept])
         confidence = np.zeros(len(support), dtype=keys.dtype)
         if support.text is not None:
             rows = np.arange(len(support))
-            aligned = kept if frozen else self._channels(support.frozen, support.labels, support.text)
+            aligned = self._channels(support, support.frozen)
             known = log_softmax(unit(support.frozen[:, aligned]) @ unit(support.text[:, aligned]).T)
             confidence = np.log2((1 + 1e-6) / (np.exp(known[rows, support.labels]) + 1e-6)).astype(keys.dtype)
         return {"keys": keys, "labels": support.labels, "kept": kept, "confidence": confidence}
 
-    def _channels(
-        self, X: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], text: Float[np.ndarray, "C D"] | None
-    ) -> Int[np.ndarray, "k"]:
+    def _channels(self, support: Support, image: Float[np.ndarray, "N E"]) -> Int[np.ndarray, "k"]:
         """The channels that are kept, ascending."""
-        count = np.bincount(labels).astype(np.float64)
-        sums = np.zeros((len(count), X.shape[1]))
-        np.add.at(sums, labels, X)
+        text = support.text if image.shape[1] == support.frozen.shape[1] else None
+        count = np.bincount(support.labels).astype(np.float64)
+        sums = _sums(image, support.labels)
+        similar = sums.sum(0) ** 2 - (sums**2).sum(0)
         if text is not None:
-            sums += text
+            words, aligned = text.astype(np.float64), _sums(support.frozen, support.labels)
+            similar += words.sum(0) ** 2 - (words**2).sum(0)
+            similar += 2 * (words.sum(0) * aligned.sum(0) - (words * aligned).sum(0))
             count += 1
         pairs = count.sum() ** 2 - (count**2).sum()
-        score = -(sums.sum(0) ** 2 - (sums**2).sum(0)) / max(pairs, 1.0)
+        score = -similar / max(pairs, 1.0)
         if text is not None and len(text) > 1:
             score = self.similarity * score + (1 - self.similarity) * text.var(0, ddof=1, dtype=np.float64)
-        best = np.argsort(-score, kind="stable")[: max(1, int(self.channels * X.shape[1]))]
+        best = np.argsort(-score, kind="stable")[: max(1, int(self.channels * image.shape[1]))]
         return np.sort(best)
 
     def _terms(
@@ -429,3 +430,8 @@ def log_softmax(logits: Float[np.ndarray, "n C"]) -> Float[np.ndarray, "n C"]:
     behind = logits - logits.max(1, keepdims=True)
     normal: np.ndarray = behind - np.log(np.exp(behind).sum(1, keepdims=True))
     return normal
+
+
+def _sums(X: Float[np.ndarray, "N E"], labels: Int[np.ndarray, "N"]) -> Float[np.ndarray, "C E"]:
+    """Of each class."""
+    return np.add.reduceat(X.astype(np.float64), np.searchsorted(labels, np.arange(labels[-1] + 1)), axis=0)

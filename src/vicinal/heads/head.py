@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
@@ -32,6 +32,7 @@ from vicinal.types import InputError
 __all__ = ["Head"]
 
 _FLOATS = (np.float64, np.float32)
+_H = TypeVar("_H", bound="Head")  # beartype cannot check Self
 
 
 class Head(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]    # scikit-learn has no types
@@ -84,7 +85,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]    # scik
     # ------------------------------------------------------------------------------------------- scikit-learn's verbs
 
     def fit(
-        self,
+        self: _H,
         X: ArrayLike,
         y: ArrayLike,
         *,
@@ -92,7 +93,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]    # scik
         adapted: ArrayLike | None = None,
         groups: ArrayLike | None = None,
         validation: Validation | None = None,
-    ) -> Self:
+    ) -> _H:
         """Learn from labelled vectors.
 
         Args:
@@ -217,7 +218,7 @@ class Head(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]    # scik
         save_file(arrays, path, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> Self:
+    def load(cls: type[_H], path: str | Path) -> _H:
         """Read what `save` wrote, by the class that wrote it. `vicinal.heads.load_head` reads any.
 
         Raises:

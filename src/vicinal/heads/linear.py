@@ -3,7 +3,7 @@
     GDA          Z + alpha (g . P mu_c + log(1/C) - mu_c . P mu_c / 2)
                  P = E ((n - 1) Sigma + tr(Sigma) I)^-1
     ProKeR       s (f . W + k(g, G) A),    A = (K / lambda + I)^-1 (L - F . W),    k(x, y) = exp(-beta (1 - x . y))
-    LinearProbe  Z + g . U + b,            U, b = argmin mean_i CE_i + |U|^2 / (2 C n)
+    LinearProbe  Z + g . U + b,            U, b = argmin mean_i CE_i + |U|^2 / (2 C n);   b = 0 with text
     CLAP         s f . w_c / |w_c|,        w = argmin mean_i CE_i + (1/C) sum_c lambda_c |w_c - t_c|^2
 
 Z = s f . W is zero-shot (frozen features), 0 without text; g, G are adapted features, or the frozen ones.
@@ -138,6 +138,14 @@ class ProKeR(Head):
         self.logit_scale = logit_scale
         self.policy = policy
 
+    def _fit(self, support: Support, validation: Support | None) -> None:
+        if len(support) > self._MOST:
+            raise InputError(
+                f"ProKeR solves for {len(support):,} x {len(support):,} numbers; give it at most {self._MOST:,} rows "
+                "(average the views of an image), or take GDA"
+            )
+        super()._fit(support, validation)
+
     def _defaults(self, support: Support) -> dict[str, float]:
         shots = float(np.median(support.images_per_class()))
         nearest = min(self._PUBLISHED, key=lambda k: abs(math.log(k / shots)))
@@ -153,14 +161,8 @@ class ProKeR(Head):
 
     def _learn(self, support: Support, points: Points) -> Learned:
         rows = len(support)
-        if rows > self._MOST:
-            raise InputError(
-                f"ProKeR solves for {rows:,} x {rows:,} numbers; give it at most {self._MOST:,} rows (average the "
-                "views of an image), or take GDA"
-            )
-        exact = (
-            len(points) == 1 and rows <= self._MOST_SEARCHED
-        )  # a search can do with half the digits in half the time
+        # a search can do with half the digits in half the time
+        exact = len(points) == 1 and rows <= self._MOST_SEARCHED
         dtype: type[np.floating[Any]] = np.float64 if exact else np.float32
         keys = support.image.astype(dtype)
         left = np.zeros((rows, support.classes), dtype=dtype)
@@ -228,6 +230,9 @@ class LinearProbe(Head):
 
     def _learn(self, support: Support, points: Points) -> Learned:
         x, y = support.image.astype(np.float64), support.labels
+        biased = support.text is None
+        centre = x.mean(0) * biased  # under a free bias this changes the steps to the solution and not the solution
+        x -= centre
         base = self._base(support.frozen, support.text).astype(np.float64)
         rows, classes = np.arange(len(y)), support.classes
         at = np.zeros(classes * (x.shape[1] + 1))
@@ -241,15 +246,17 @@ class LinearProbe(Head):
             off /= len(y)
             gradient = np.empty_like(weight)
             gradient[:, :-1] = off.T @ x + weight[:, :-1] * strength
-            gradient[:, -1] = off.sum(0)
+            gradient[:, -1] = off.sum(0) * biased
             value = -log_p[rows, y].mean() + strength / 2 * float((weight[:, :-1] ** 2).sum())
             return float(value), gradient.ravel()
 
+        final = len(points) == 1
+        limits = {"maxiter": self.iterations if final else 100, "ftol": 1e-10 if final else 1e-7, "gtol": 1e-6}
         for p, point in enumerate(points):
             strength = 1 / (point["C"] * len(y))
-            options = {"maxiter": self.iterations, "ftol": 1e-10, "gtol": 1e-7}
-            at = minimize(loss, at, args=(strength,), jac=True, method="L-BFGS-B", options=options).x
+            at = minimize(loss, at, args=(strength,), jac=True, method="L-BFGS-B", options=limits).x
             found[p] = at.reshape(classes, -1)
+        found[:, :, -1] -= found[:, :, :-1] @ centre
         weights = found.astype(support.image.dtype)
         return {"weight": weights[:, :, :-1], "bias": weights[:, :, -1]}
 

@@ -9,7 +9,7 @@ Letters: x the query, t_c the text of class c, p_c its prototype, all of length 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -86,7 +86,7 @@ class ZeroShot(Head):
         adapted: ArrayLike | None = None,
         groups: ArrayLike | None = None,
         validation: Validation | None = None,
-    ) -> Self:
+    ) -> ZeroShot:
         """Take the text vectors.
 
         Args:

@@ -22,7 +22,8 @@ w cost one pass. The first best wins, in the published order of the loops; a tie
 Likelihood. The mean of -log softmax(a base + sum_t b_t T_t)[y] over held-out rows is convex in (a, b): Newton's method
 finds its minimum, w = b / a, and 1 / a is the temperature by which `predict_proba` is calibrated. A normal prior keeps
 it near zero-shot, a ~ N(1, 1), b ~ N(0, 20^2), which decides where held-out rows do not: no infinite weights on
-separable data. Keys and statistics are made anew from the rest in each fold, and a row never meets a view of itself.
+separable data. Where the terms gain less than one standard error (over classes) on zero-shot alone, their weights are
+0. Keys and statistics are made anew from the rest in each fold, and a row never meets a view of itself.
 
 Letters: V held-out rows, C classes, T terms, P points, A values of the first weight, G of the second, K images a class.
 """
@@ -32,7 +33,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -69,6 +70,7 @@ _PRIOR_WIDTH = 20.0
 _HELD_NUMBERS = 2**25  # at most so many cross-validated logits are kept: 128 MB
 
 
+@runtime_checkable
 class Searchable(Protocol):
     """What `choose` needs of a head."""
 
@@ -180,7 +182,7 @@ def search_accuracy(
     base: Float[np.ndarray, "V C"],
     terms: Sequence[Float[np.ndarray, "V C"]],
     labels: Int[np.ndarray, "V"],
-    grids: Sequence[Float[np.ndarray, "A"]],
+    grids: Sequence[Float[np.ndarray, "_"]],
 ) -> Int[np.ndarray, "A G"]:
     """How many rows are right at each value of the weights: the first in closed form, the second in a loop.
 
@@ -232,7 +234,7 @@ def _by_accuracy(
         right = counts if right is None else right + counts
     assert right is not None
     best = np.unravel_index(right.argmax(), right.shape)  # the first of the best
-    chosen = dict(zip(head.linear, (float(w[i]) for w, i in zip(weights, best[1:], strict=False)), strict=True))
+    chosen = {name: float(grid[name][best[1 + t]]) for t, name in enumerate(head.linear)}
     values = {**used.values, **points[best[0]], **chosen}
     return Selection(
         used.policy,
@@ -254,25 +256,27 @@ def _by_likelihood(head: Searchable, support: Support, given: Mapping[str, float
     grid = {**head._grid(support, published=False), **{name: np.array([value]) for name, value in given.items()}}
     points = _points(head, grid)
     base, terms, labels = _held_out(head, support, folds, points)
-    free = [i for i, name in enumerate(head.linear) if name not in given]
+    fixed = [given.get(name) for name in head.linear] if head.linear else [1.0]  # None: solved for
+    free = [t for t, weight in enumerate(fixed) if weight is None]
     best: tuple[float, np.ndarray, int] | None = None
     scale: np.ndarray | None = None
     for p, term in enumerate(terms):
-        fixed = base.copy()
-        for i in range(len(term)):
-            if i not in free:
-                fixed += term.dtype.type(given[head.linear[i]] if head.linear else 1) * term[i]
-        features = np.stack([fixed, *(term[i] for i in free)])
-        loss, scale = _likelihood(features, labels, scale)
+        known = base + sum(base.dtype.type(weight) * term[t] for t, weight in enumerate(fixed) if weight is not None)
+        loss, scale = _likelihood(np.stack([known, *term[free]]), labels, scale)
         if best is None or loss < best[0]:
             best = loss, scale, p
     assert best is not None
     _, scale, p = best
-    weights = {head.linear[i]: float(scale[1 + j] / scale[0]) for j, i in enumerate(free)}
-    values = {**used.values, **points[p], **given, **weights}
-    total = base + sum(term.dtype.type(values[n]) * t for n, t in zip(head.linear, terms[p], strict=bool(head.linear)))
-    if not head.linear:
-        total = base + terms[p, 0]
+    solved = iter((scale[1:] / scale[0]).tolist())
+    weights = [next(solved) if weight is None else weight for weight in fixed]
+    total = base + sum(base.dtype.type(weight) * term for weight, term in zip(weights, terms[p], strict=True))
+    nll = _nll(total, scale[0], labels)
+    if len(free) == len(fixed) and support.text is not None:  # zero-shot may be as good
+        _, alone = _likelihood(base[None], labels, None)
+        nll_alone = _nll(base, alone[0], labels)
+        if not _beyond_chance(nll_alone - nll, labels):
+            weights, total, nll, scale = [0.0 for _ in fixed], base, nll_alone, alone
+    values = {**used.values, **points[p], **dict(zip(head.linear, weights, strict=False))}
     right = (total.argmax(1) == labels) & ((total == total.max(1, keepdims=True)).sum(1) == 1)
     return Selection(
         used.policy,
@@ -281,7 +285,7 @@ def _by_likelihood(head: Searchable, support: Support, given: Mapping[str, float
         {name: values[name] for name in head.hyperparameters},
         temperature=float(1 / scale[0]),
         accuracy=float(right.mean()),
-        nll=float(_nll(total * total.dtype.type(scale[0]), labels)),
+        nll=float(nll.mean(dtype=np.float64)),
         candidates=len(points),
         labels=used.labels,
     )
@@ -366,10 +370,18 @@ def _likelihood(
     return value, scale
 
 
-def _nll(logits: Float[np.ndarray, "V C"], labels: Int[np.ndarray, "V"]) -> float:
-    behind = logits - logits[np.arange(len(labels)), labels][:, None]
+def _nll(logits: Float[np.ndarray, "V C"], scale: float, labels: Int[np.ndarray, "V"]) -> Float[np.ndarray, "V"]:
+    behind = (logits - logits[np.arange(len(labels)), labels][:, None]) * logits.dtype.type(scale)
     top = behind.max(1, keepdims=True)
-    return float((np.log(np.exp(behind - top).sum(1)) + top[:, 0]).mean(dtype=np.float64))
+    loss: np.ndarray = np.log(np.exp(behind - top).sum(1)) + top[:, 0]
+    return loss
+
+
+def _beyond_chance(gain: Float[np.ndarray, "V"], labels: Int[np.ndarray, "V"]) -> bool:
+    """Whether the mean over classes is above its standard error."""
+    count = np.bincount(labels)
+    mean = (np.bincount(labels, gain) / np.maximum(count, 1))[count > 0]
+    return len(mean) > 1 and float(mean.mean()) > float(mean.std(ddof=1)) / len(mean) ** 0.5
 
 
 def _points(head: Searchable, grid: Mapping[str, np.ndarray]) -> list[dict[str, float]]:

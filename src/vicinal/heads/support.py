@@ -78,8 +78,8 @@ class Support:
         groups: Shaped[np.ndarray, "N"] | None,
     ) -> Support:
         """Unit rows in their order. The arguments are checked already."""
-        digest = _digests(X if adapted is None else np.concatenate([X, adapted], axis=1))
-        order = np.lexsort((digest, labels))
+        digest = _digests(X)
+        order = np.lexsort((digest if adapted is None else _digests(adapted), digest, labels))
         group = np.unique(digest if groups is None else groups, return_inverse=True)[1].reshape(-1)
         frozen = unit(X[order])
         image = frozen if adapted is None else unit(adapted[order])
@@ -117,10 +117,13 @@ class Support:
             return []
         _, first, group = np.unique(self.groups, return_index=True, return_inverse=True)
         order = np.argsort(first)  # groups by their first class, then by hash
-        start = np.searchsorted(self.labels[first][order], np.arange(self.classes))
-        fold_of = np.empty(len(first), dtype=np.int64)
         label = self.labels[first][order]
-        fold_of[order] = (np.arange(len(order)) - start[label] + label) % count  # small classes start in turn
+        start = np.searchsorted(label, np.arange(self.classes))
+        fold_of = np.empty(len(first), dtype=np.int64)
+        # small classes start anywhere, by their content and not by their name
+        fold_of[order] = (
+            np.arange(len(order)) - start[label] + order[np.minimum(start, len(order) - 1)][label]
+        ) % count
         fold = fold_of[group.reshape(-1)]
         held = []
         for f in range(count):
@@ -187,7 +190,7 @@ def check_support(
             )
 
 
-def text_rows(text: Text, labels: Shaped[np.ndarray, "C"] | None) -> tuple[Shaped[np.ndarray, "C"], np.ndarray]:
+def text_rows(text: Text, labels: Shaped[np.ndarray, "n"] | None) -> tuple[Shaped[np.ndarray, "C"], np.ndarray]:
     """The classes, ascending, and their text vectors "C D", as given.
 
     Args:
