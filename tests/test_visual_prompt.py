@@ -33,6 +33,7 @@ from vicinal.models.adapters import (
 )
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
+from vicinal.models.merging import interpolate
 from vicinal.models.prompts import Prompts, through_blocks
 from vicinal.recipe import Recipe
 from vicinal.types import InputError
@@ -464,6 +465,20 @@ def test_the_check_finds_prompts_that_are_not_used(encoder: Encoder, monkeypatch
     monkeypatch.setattr(encoder_module, "through_blocks", forgets)
     with pytest.raises(InputError, match=r"prompts\.tokens\.1 was adapted, but its update gets no gradient"):
         check_adapted(adapted, images(encoder))
+
+
+@pytest.mark.parametrize("method", [VisualPrompt(2), Bottleneck(4)], ids=["prompts", "bottleneck"])
+def test_nothing_lies_between_with_and_without(method: VisualPrompt, made: Callable[[str], Encoder]) -> None:
+    encoder = made("timm, class token")
+    after = adapt(encoder, method, LinearHead(4))
+    for pair in ((encoder, after), (after, encoder)):
+        with pytest.raises(InputError, match=r"where the tuned model has .*leave wise_ft out"):
+            interpolate(*pair, 0.5)
+    further = adapt(after, Full())
+    disturb(trainable(further), scale=0.1)
+    middle = interpolate(after, further, 0.5).state_dict()
+    for name, tensor in after.state_dict().items():
+        torch.testing.assert_close(middle[name], (tensor + further.state_dict()[name]) / 2)
 
 
 def test_mistakes_are_named(made: Callable[[str], Encoder]) -> None:

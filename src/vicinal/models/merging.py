@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from vicinal.models.adapters import LinearHead, merge
+from vicinal.models.adapters import Bottleneck, LinearHead, VisualPrompt, merge
 from vicinal.models.encoder import Encoder
 from vicinal.types import InputError
 
@@ -33,11 +33,18 @@ def interpolate(before: Encoder, after: Encoder, weight: float) -> Encoder:
         weight: w, from 0 (before) to 1 (after).
 
     Raises:
-        InputError: w is outside 0 to 1, or the two are not of one architecture and input size.
+        InputError: w is outside 0 to 1, the two are not of one architecture and input size, or only one has prompts or
+            bottlenecks, so that there is nothing between them.
     """
     if not 0 <= weight <= 1:
         raise InputError(f"the interpolation weight is {weight}; give 0 (the original) to 1 (the tuned model)")
     old, new = merge(before), merge(after)
+    added = [[m for m in encoder.adapters if isinstance(m, VisualPrompt | Bottleneck)] for encoder in (old, new)]
+    if added[0] != added[1]:
+        raise InputError(
+            f"{before.source} has {added[0] or 'nothing'} where the tuned model has {added[1] or 'nothing'}: there is "
+            "nothing between them; take the tuned model as it is (in a recipe: leave wise_ft out)"
+        )
     heads = [sum(isinstance(method, LinearHead) for method in encoder.adapters) for encoder in (old, new)]
     pairs = [(old.model, new.model)] if heads[0] != heads[1] else [(old, new)]
     for first, second in pairs:
