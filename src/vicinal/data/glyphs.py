@@ -120,7 +120,7 @@ def load_glyphs(
     images_per_face: int = 1,
     test_families: Sequence[str] = (),
     portion: Portion = "all",
-    variation: float = 1.0,
+    variation: float | int = 1.0,
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Manifest:
@@ -192,16 +192,16 @@ def glyph_scenes(
     characters: str | Sequence[str] | None = None,
     test_families: Sequence[str] = (),
     portion: Portion = "all",
-    variation: float = 1.0,
+    variation: float | int = 1.0,
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Manifest:
     """Pages with a few characters each, their boxes known: a row is one character, so a picture has several rows.
 
     All characters of a page are of one family, so that a division by family never cuts through a page. They differ in
-    size (from 0.15 to 0.4 of the page's side an em), face and ink, and do not overlap. Where both cases of a letter are
-    asked for and have one shape (O and o), only the capital is placed: without a line of text, size does not tell them
-    apart. `box` holds all the ink that was drawn, and no more. Other columns and arguments are those of `load_glyphs`.
+    size (an em is 0.15 to 0.4 of the page's side, less as it fills), face and ink, and do not overlap. Where both cases
+    of a letter are asked for and have one shape (O and o), only the capital is placed: without a line of text, nothing
+    tells them apart. `box` holds all the ink that was drawn, and no more. Other columns are those of `load_glyphs`.
 
     Args:
         scenes: how many pages.
@@ -411,7 +411,7 @@ def _faces(families: Collection[str]) -> list[tuple[str, str]]:
     return [(family, face) for family in families for face in FAMILIES[family]]
 
 
-def _refuse_outside(what: str, value: float, low: float, high: float) -> None:
+def _refuse_outside(what: str, value: float | int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise InputError(f"{what} lies between {low} and {high}, not at {value}")
 
@@ -480,7 +480,9 @@ class _Ink(NamedTuple):
     top: int
 
 
-def _ink(font: ImageFont.FreeTypeFont, character: str, room: float, variation: float, rng: np.random.Generator) -> _Ink:
+def _ink(
+    font: ImageFont.FreeTypeFont, character: str, room: float | int, variation: float | int, rng: np.random.Generator
+) -> _Ink:
     """A character with weight, slant, rotation, scale and blur of its own, not wider or higher than `room`."""
     weight, slant, angle, scale, soft = (variation * rng.uniform(-1, 1, 5)).tolist()
     # Shear, then rotation (by up to 5 degrees), then scale, from twice the size to the size: "2 2" on column vectors.
@@ -519,11 +521,12 @@ def _ink(font: ImageFont.FreeTypeFont, character: str, room: float, variation: f
 
 
 def _picture(
-    font: ImageFont.FreeTypeFont, character: str, size: int, variation: float, rng: np.random.Generator
+    font: ImageFont.FreeTypeFont, character: str, size: int, variation: float | int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "S S 3"]:
     """One character on its own paper."""
-    ink = _ink(font, character, 0.94 * size, variation, rng)
-    height, width = ink.mask.shape
+    ink = _ink(font, character, 0.94 * size - 2, variation, rng)
+    drawn = ink.mask[:size, :size]  # at the smallest sizes, weight and blur may take more room than was left
+    height, width = drawn.shape
     away = rng.uniform(-0.025, 0.025, 2) * _em(size) * variation
     left = round(size / 2 + ink.left + away[0])
     top = round(size / 2 + 0.35 * _em(size) + ink.top + away[1])  # room for accents above and for tails below
@@ -563,7 +566,7 @@ def _scene(
     family: str,
     size: int,
     number: tuple[int, int],
-    variation: float,
+    variation: float | int,
     rng: np.random.Generator,
 ) -> tuple[UInt8[np.ndarray, "S S 3"], list[tuple[str, str, list[float]]]]:
     """A page, and the face, the character and the box of each thing on it."""
@@ -571,11 +574,11 @@ def _scene(
     picture = np.broadcast_to(paper, (size, size, 3)).copy()
     wanted = int(rng.integers(number[0], number[1] + 1))
     placed: list[tuple[str, str, list[float]]] = []
-    shrink, gap = 1.0, size / 64
-    while len(placed) < wanted:
+    shrink, gap, misses = 1.0, size / 64, 0
+    while len(placed) < wanted and (misses < 100 or len(placed) < number[0]):
         face, character = pairs[int(rng.integers(len(pairs)))]
         em = shrink * size * rng.uniform(0.15, 0.4)
-        ink = _ink(_font(family, face, max(24, round(2 * em))), character, 0.5 * size, variation, rng)
+        ink = _ink(_font(family, face, round(2 * em)), character, 0.5 * size, variation, rng)
         height, width = ink.mask.shape
         left, top = (int(rng.integers(0, size - length + 1)) for length in (width, height))
         right, bottom = left + width, top + height
@@ -583,9 +586,8 @@ def _scene(
             left < box[2] + gap and box[0] < right + gap and top < box[3] + gap and box[1] < bottom + gap
             for *_, box in placed
         ):
-            if shrink < 0.5 and len(placed) >= number[0]:
-                break
-            shrink = max(0.3, shrink * 0.97)  # the page fills up: smaller ones still fit
+            misses += 1
+            shrink = max(shrink * 0.98, 0.5 if misses < 100 else 0.3)  # the page fills up: smaller ones still fit
             continue
         colour = _colour_on(paper, variation, rng)
         picture[top:bottom, left:right] += ink.mask[..., None] * (colour - paper)
@@ -593,19 +595,21 @@ def _scene(
     return _developed(picture, variation, rng), placed
 
 
-def _paper(variation: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
+def _paper(variation: float | int, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
     """The colour of a paper, 0 to 1: mostly light."""
     light, shade = rng.random() >= 0.3 * variation, rng.random()
     return _colour(1 - 0.3 * variation * shade if light else 0.25 * shade, 0.3 * variation, rng)
 
 
-def _colour_on(paper: Float[np.ndarray, "3"], variation: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
+def _colour_on(
+    paper: Float[np.ndarray, "3"], variation: float | int, rng: np.random.Generator
+) -> Float[np.ndarray, "3"]:
     """An ink on this paper: from the other end of the scale, so that it is read whatever its hue."""
     shade = variation * rng.random()
     return _colour(0.3 * shade if paper.mean() > 0.5 else 1 - 0.25 * shade, 0.8 * variation, rng)
 
 
-def _colour(lightness: float, most: float, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
+def _colour(lightness: float | int, most: float | int, rng: np.random.Generator) -> Float[np.ndarray, "3"]:
     """A colour as light as a grey of this lightness, of any hue, as saturated as the lightness bears."""
     pure = colorsys.hsv_to_rgb(rng.random(), 1, 1)
     grey = 0.299 * pure[0] + 0.587 * pure[1] + 0.114 * pure[2]
@@ -616,7 +620,7 @@ def _colour(lightness: float, most: float, rng: np.random.Generator) -> Float[np
 
 
 def _developed(
-    picture: Float[np.ndarray, "S S 3"], variation: float, rng: np.random.Generator
+    picture: Float[np.ndarray, "S S 3"], variation: float | int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "S S 3"]:
     """The picture in bytes, with stains and fibres of the paper and the noise of a sensor."""
     if variation:
@@ -643,7 +647,7 @@ def _asked(
     test_families: Sequence[str],
     characters: str | Sequence[str] | None,
     portion: Portion,
-    variation: float,
+    variation: float | int,
     seed: int,
 ) -> dict[str, Any]:
     return {
