@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 test quick check: export OMP_NUM_THREADS = 1
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/vicinal demo out=demo
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests

@@ -316,7 +316,7 @@ def images(encoder: Encoder, size: tuple[int, int] | None = None) -> Tensor:
 
 
 def test_the_tables_are_what_the_issue_names():
-    assert set(FAMILIES) == {"timm", "open_clip", "transformers"}
+    assert set(FAMILIES) == {"vicinal", "timm", "open_clip", "transformers"}
     assert {"clip", "siglip", "siglip2", "dinov2", "vit"} <= set(from_transformers.KINDS)
     assert len(MADE) == 19
 

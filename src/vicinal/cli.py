@@ -181,6 +181,20 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A finished run.")]) 
 
 
 @app.command()
+def demo(
+    overrides: Overrides = None,
+    show: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
+) -> None:
+    """Show the whole idea in a few minutes, on built-in data with a built-in model: `vicinal demo out=demo`."""
+    from vicinal.demo import demo as run_demo
+
+    words = overrides or []
+    if wrong := [word for word in words if not word.startswith("out=")]:
+        raise InputError(f"{wrong[0]}: the demo takes out=FOLDER and nothing else; for the rest, vicinal train")
+    run_demo(words[-1].removeprefix("out=") if words else "demo", show=show)
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="A file; else it is printed.")] = None) -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from vicinal.recipe import json_schema

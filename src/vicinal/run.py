@@ -42,7 +42,8 @@ from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.metrics import topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
-from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES, CrossBatchMemory
+from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES, CrossBatchMemory, InfoNCE, SigLIP
+from vicinal.losses.contrastive import fit_scale_and_bias
 from vicinal.losses.margin import start_from_class_means
 from vicinal.models.adapters import adapt, adapters_from_config, check_adapted, merge, parameter_counts
 from vicinal.models.backbones import load_encoder
@@ -50,6 +51,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import Data, Recipe, TrainValTest
+from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
@@ -104,6 +106,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
 
     manifest = bring(recipe.data)
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
+    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES:
+        manifest = _captioned(manifest, recipe, say)
     _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
     original = open_model(recipe)
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
@@ -125,9 +129,9 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
-    objective = _objective(encoder, original, train, everything.where(division.train), recipe)
-    transform = train_transform(encoder.preprocess, recipe.augment)
     sampler = _sampler(train, recipe)
+    objective = _objective(encoder, original, train, everything.where(division.train), sampler, recipe)
+    transform = train_transform(encoder.preprocess, recipe.augment)
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
 
     def batches(start_step: int) -> Iterator[Batch]:
@@ -161,6 +165,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         identity=_identity(recipe),
     )
 
+    if isinstance(objective, ImageTextObjective):
+        objective.keep_scale()
     tuned, weight, curve = _interpolated(original, encoder.cpu(), val, recipe, say)
     tuned.save(out / "model")
     after = _embed(tuned, manifest.where(needed), recipe, "after", say)
@@ -313,8 +319,8 @@ class Texts:
         settings: dict[str, Any] = {"device": recipe.device, "precision": recipe.precision}
         written = [name.replace("_", " ") for name in manifest.classes]
         names = embed_classes(encoder, written, recipe.templates, **settings)
-        captions = manifest.column("text") if "text" in manifest.names() else None
-        if captions is None or not any(captions):
+        captions = [told[0] if told else None for told in manifest.captions()]
+        if not any(captions):
             return cls(names, None, None)
         return cls(names, captions, embed_text(encoder, [caption or "" for caption in captions], **settings))
 
@@ -514,6 +520,19 @@ def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> N
         raise InputError(f"{out} holds a run of another recipe, which this one cannot resume; choose another out")
 
 
+def _captioned(manifest: Manifest, recipe: Recipe, say: Say) -> Manifest:
+    """The rows that have a caption, for a loss of images and texts."""
+    has = torch.tensor([bool(captions) for captions in manifest.captions()])
+    if not has.any():
+        raise InputError(
+            f"loss.{recipe.loss.chosen[0]} learns from captions, and the data has none; give the table a column text, "
+            "or say which it is by data.columns: {text: …}"
+        )
+    if not has.all():
+        say(f"data: {int((~has).sum()):,} images have no caption and are left out")
+    return manifest.where(has).compact()
+
+
 def _without_leaks(manifest: Manifest, division: Division, untuned: Embeddings, recipe: Recipe) -> Division:
     """The same picture must not be a query and be trained on, selected on, or drawn as a shot, under whatever name.
 
@@ -554,23 +573,56 @@ def _adapters(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _objective(
-    encoder: Encoder, original: Encoder, train: Manifest, untuned: Embeddings, recipe: Recipe
-) -> LabelObjective:
+    encoder: Encoder,
+    original: Encoder,
+    train: Manifest,
+    untuned: Embeddings,
+    sampler: ShuffleSampler | PKSampler,
+    recipe: Recipe,
+) -> LabelObjective | ImageTextObjective:
     name, settings = recipe.loss.chosen
-    loss: torch.nn.Module
-    if name in PROXY_LOSSES:
-        proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
-        if recipe.class_means:
-            if isinstance(encoder.head, torch.nn.Identity):
-                vectors = untuned.vectors
-            else:  # a new head: the means have to pass through it
-                vectors = embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
-            start_from_class_means(proxies, vectors, train.labels())
-        loss = proxies
-    else:
+    anchor: dict[str, Any] = {"retention": recipe.retention, "reference": original if recipe.retention else None}
+    if name in CONTRASTIVE_LOSSES:
+        loss = _contrastive(name, settings.model_dump(), original, train, untuned, sampler, recipe)
+        return ImageTextObjective(encoder, loss, **anchor)
+    if name in PAIR_LOSSES:
         pair = PAIR_LOSSES[name](**settings.model_dump())
-        loss = pair if recipe.memory is None else CrossBatchMemory(pair, encoder.embedding_dim, size=recipe.memory)
-    return LabelObjective(encoder, loss, retention=recipe.retention, reference=original if recipe.retention else None)
+        memory = recipe.memory
+        return LabelObjective(
+            encoder, pair if memory is None else CrossBatchMemory(pair, encoder.embedding_dim, size=memory), **anchor
+        )
+    proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
+    if recipe.class_means:
+        if isinstance(encoder.head, torch.nn.Identity):
+            vectors = untuned.vectors
+        else:  # a new head: the means have to pass through it
+            vectors = embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
+        start_from_class_means(proxies, vectors, train.labels())
+    return LabelObjective(encoder, proxies, **anchor)
+
+
+def _contrastive(
+    name: str,
+    settings: dict[str, Any],
+    original: Encoder,
+    train: Manifest,
+    untuned: Embeddings,
+    sampler: ShuffleSampler | PKSampler,
+    recipe: Recipe,
+) -> InfoNCE | SigLIP:
+    """The loss with the scale (and bias) that the encoder has learnt; from random weights, with those of the papers."""
+    if recipe.random_init or original.logit_scale is None:
+        return CONTRASTIVE_LOSSES[name](**settings)
+    if name == "infonce":
+        return InfoNCE(scale=min(original.logit_scale, 100.0), **settings)
+    if original.logit_bias is not None:
+        return SigLIP(scale=original.logit_scale, bias=original.logit_bias, **settings)
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))[:4096]
+    captions = [train.captions()[i][0] for i in some.tolist()]
+    texts = embed_text(original, captions, device=recipe.device, precision=recipe.precision)
+    batch = max(map(len, sampler.epoch(0)))
+    scale, bias = fit_scale_and_bias(untuned.vectors[some], texts, ids=train.labels()[some], batch=batch)
+    return SigLIP(scale=scale, bias=bias, **settings)
 
 
 def _sampler(train: Manifest, recipe: Recipe) -> ShuffleSampler | PKSampler:
@@ -580,7 +632,7 @@ def _sampler(train: Manifest, recipe: Recipe) -> ShuffleSampler | PKSampler:
     return ShuffleSampler(len(train), min(settings.batch_size, len(train)), seed=recipe.seed)
 
 
-def _optimizer(objective: LabelObjective, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(objective: LabelObjective | ImageTextObjective, recipe: Recipe) -> torch.optim.Optimizer:
     groups = parameter_groups(objective, lr=recipe.lr, loss_lr=recipe.loss_lr, weight_decay=recipe.weight_decay)
     return build_optimizer(recipe.optimizer, groups)
 

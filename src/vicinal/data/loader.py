@@ -138,8 +138,7 @@ class _Columns:
     def __init__(self, manifest: Manifest) -> None:
         self.labels = manifest.labels()
         names = manifest.names()
-        self.texts = manifest.column("text") if "text" in names else None
-        self.captions = manifest.column("captions") if "captions" in names else None
+        self.captions = manifest.captions() if {"text", "captions"} & set(names) else None
         self.groups: Tensor | None = None
         if "group" in names:
             numbers: dict[object, int] = {}
@@ -152,19 +151,18 @@ class _Columns:
         index = torch.tensor(rows, dtype=torch.int64)
         batch = Batch(image=images, label=self.labels[index], index=index)
         if self.captions is not None:
-            batch["text"] = [self.caption(row, seed) for row, seed in zip(rows, made.seeds, strict=True)]
-        elif self.texts is not None:
-            batch["text"] = [self.texts[row] or "" for row in rows]
+            drawn = zip((self.captions[row] for row in rows), made.seeds, strict=True)
+            batch["text"] = [_one_of(several, seed) for several, seed in drawn]
         if self.groups is not None:
             batch["group"] = self.groups[index]
         return batch
 
-    def caption(self, row: int, seed: int | None) -> str:
-        """In training one of the row's captions, by the row's seed; in evaluation always the same."""
-        several = self.captions[row] if self.captions is not None else None
-        if seed is None or not several:
-            return (self.texts[row] if self.texts is not None else several[0] if several else None) or ""
-        return str(several[_mixed(seed, 1) % len(several)])
+
+def _one_of(captions: Sequence[str], seed: int | None) -> str:
+    """In training a caption drawn by the row's seed, in evaluation always the first; "" of none."""
+    if not captions:
+        return ""
+    return captions[0] if seed is None else captions[_mixed(seed, 1) % len(captions)]
 
 
 def _loader(maker: _Maker, batches: Iterable[list[_Item]], workers: int, pin_memory: bool) -> Iterator[_Made]:

@@ -125,6 +125,16 @@ class Manifest:
             raise InputError(f"there is no column {name!r}; the table has {', '.join(self.table.column_names)}")
         return list(self.table[name].to_pylist())
 
+    def captions(self) -> list[list[str]]:
+        """What is said of each row: `text` first, then the others of the column `captions`; an empty list of none."""
+        nothing: list[None] = [None] * len(self)
+        texts = self.column("text") if "text" in self.names() else nothing
+        several = self.column("captions") if "captions" in self.names() else nothing
+        return [
+            list(dict.fromkeys(c for c in ([text] if text else []) + list(more or []) if c))
+            for text, more in zip(texts, several, strict=True)
+        ]
+
     def labels(self) -> Int[Tensor, "N"]:
         """Each row's position in `classes`, int64; 0 everywhere where the data has no labels (`classes` is empty)."""
         if not self.classes:

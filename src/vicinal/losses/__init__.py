@@ -10,8 +10,6 @@ one of CONTRASTIVE_LOSSES compares images with texts and starts from the encoder
 
 from __future__ import annotations
 
-from torch import nn
-
 from vicinal.losses.contrastive import InfoNCE, SigLIP
 from vicinal.losses.distillation import Retention
 from vicinal.losses.margin import ArcFace, CosFace, EasyArcFace, SubCenterArcFace, start_from_class_means
@@ -53,4 +51,4 @@ PAIR_LOSSES: dict[str, type[NTXent | SupCon | Triplet | MultiSimilarity]] = {
     "triplet": Triplet,
     "multi_similarity": MultiSimilarity,
 }
-CONTRASTIVE_LOSSES: dict[str, type[nn.Module]] = {"infonce": InfoNCE, "siglip": SigLIP}
+CONTRASTIVE_LOSSES: dict[str, type[InfoNCE | SigLIP]] = {"infonce": InfoNCE, "siglip": SigLIP}

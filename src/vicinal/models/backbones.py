@@ -55,6 +55,7 @@ def load_encoder(
             - `timm:NAME` or `timm:NAME.TAG` (downloaded), `timm:NAME@WEIGHTS.safetensors` (or .pth, .bin);
             - `open_clip:NAME/TAG` or `open_clip:hf-hub:ORG/NAME` (downloaded), `open_clip:NAME@FILE`,
               `open_clip:NAME@FOLDER` or `open_clip:local-dir:FOLDER` (a folder with open_clip_config.json);
+            - `vicinal:nano`, a small image-text model of glyphs that is built in: see `data.glyphs`;
             - `transformers:ORG/NAME` (downloaded) or `transformers:FOLDER`: CLIP, SigLIP, SigLIP 2, DINOv2, ViT;
             - a folder that `Encoder.save` wrote, or a run folder that holds one as `model/`.
         size: of the input in pixels: a number, or height and width; position embeddings are resampled as the model's
@@ -191,7 +192,7 @@ def _load_saved(uri: str, random_init: bool) -> Encoder:
 
 
 def _not_a_model(uri: str, folder: Path) -> str:
-    forms = "timm:NAME, open_clip:NAME/TAG, transformers:ORG/NAME, or a folder saved by vicinal"
+    forms = "vicinal:nano, timm:NAME, open_clip:NAME/TAG, transformers:ORG/NAME, or a folder saved by vicinal"
     if (folder / "open_clip_config.json").is_file():
         return f"{uri} is a folder of open_clip; write open_clip:local-dir:{uri}"
     if (folder / "config.json").is_file():
@@ -212,7 +213,30 @@ def _not_a_model(uri: str, folder: Path) -> str:
     return f"there is no folder {uri}; a model is {forms}"
 
 
+def _built_in(name: str, uri: str, hub: Hub, random_init: bool) -> Found:
+    """What is packaged: a folder of transformers beside this file."""
+    folder = Path(__file__).parent / name
+    if not name.isidentifier() or not (folder / "config.json").is_file():
+        raise InputError(f"{uri}: the one model that is built in is vicinal:nano")
+    found = from_transformers.find(str(folder), uri, hub, random_init)
+    return dataclasses.replace(found, weights=_told_places_apart) if random_init else found
+
+
+@torch.no_grad()
+def _told_places_apart(model: nn.Module) -> nn.Module:
+    """Embeddings of places and tokens as large as what they are added to.
+
+    transformers starts them at .02; at nano's width a training from nothing then takes several times as long to see
+    that shapes have parts (docs/log.md).
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("position_embedding.weight", "token_embedding.weight")):
+            parameter.normal_(std=0.1 if "text_model" in name and "position" in name else 0.3)
+    return model
+
+
 FAMILIES: dict[str, _Loader] = {
+    "vicinal": _Loader(_built_in, from_transformers.build),
     "timm": _Loader(from_timm.find, from_timm.build),
     "open_clip": _Loader(from_open_clip.find, from_open_clip.build),
     "transformers": _Loader(from_transformers.find, from_transformers.build),

@@ -1,0 +1,100 @@
+"""Runs that learn from captions, on the built-in characters with nano's architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pictures import write_folder
+from vicinal.models.backbones import load_encoder
+from vicinal.recipe import Recipe
+from vicinal.run import run
+from vicinal.types import InputError
+
+GLYPHS = {"families": ["dejavu_sans", "dejavu_serif"], "test_families": ["dejavu_serif"], "characters": "αβγδεζηθικλμ"}
+
+
+def recipe(**more: object) -> Recipe:
+    content: dict[str, Any] = {
+        "data": {"glyphs": GLYPHS},
+        "split": {"class_disjoint": {"holdout": 0.34, "seed": 1, "val": 0.25}},
+        "model": "vicinal:nano",
+        "random_init": True,
+        "adapt": [{"full": {}}],
+        "loss": {"infonce": {}},
+        "sampler": {"shuffle": {"batch_size": 16}},
+        "steps": 3,
+        "draws": 2,
+        "workers": 0,
+        "device": "cpu",
+        "precision": "fp32",
+        "cache": None,
+        "trackers": [],
+    }
+    return Recipe.parse(content | more)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip"])
+def test_a_run_on_captions(tmp_path: Path, loss: str) -> None:
+    out = run(recipe(loss={loss: {}}), tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    for side in ("before", "after", "difference"):
+        assert {"accuracy@0shot", "full/text_to_image_recall@1", "map@r"} <= set(results[side]["unseen"])
+    assert results["after"]["unseen"]["accuracy@0shot"]["n"] == 4
+    assert not any(name.endswith("_rank") for name in results["after"]["unseen"])
+    row = json.loads((out / "history.jsonl").read_text().splitlines()[-2])
+    assert row["scale"] > 0
+    assert ("bias" in row) == (loss == "siglip")
+    tuned, fresh = load_encoder(out / "model"), load_encoder("vicinal:nano", random_init=True)
+    assert tuned.logit_scale != pytest.approx(fresh.logit_scale, abs=1e-9)
+    assert "Zero-shot accuracy" in (out / "report.html").read_text()
+
+
+def test_siglip_from_a_softmax_model_starts_from_a_fitted_scale_and_bias(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vicinal.run as room
+
+    fitted: list[tuple[float, float]] = []
+
+    def spy(*arguments: object, **named: object) -> tuple[float, float]:
+        fitted.append((7.0, -3.0))
+        assert named["batch"] == 16
+        return fitted[-1]
+
+    monkeypatch.setattr(room, "fit_scale_and_bias", spy)
+    folder = tmp_path / "softmax"
+    load_encoder("vicinal:nano", random_init=True).save(folder)
+    settings = recipe(model=str(folder), random_init=False, loss={"siglip": {}}, steps=1, lr=1e-9)
+    run(settings, tmp_path / "run", say=lambda _: None)
+    assert fitted
+    rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if "scale" in row)
+    assert (row["scale"], row["bias"]) == (pytest.approx(7.0), pytest.approx(-3.0))
+
+
+def test_labels_alone_lose_nothing_by_a_text_tower(tmp_path: Path) -> None:
+    """Names are measured, captions too, and the text tower stays as it was."""
+    settings = recipe(loss={"arcface": {}}, adapt=[{"lora": {"rank": 2}}], class_means=False, lr=0.01)
+    out = run(settings, tmp_path / "run", say=lambda _: None)
+    assert "accuracy@0shot" in json.loads((out / "results.json").read_text())["difference"]["unseen"]
+    torch.manual_seed(settings.seed)
+    tuned = load_encoder(out / "model")
+    assert torch.isfinite(tuned.encode_text(["greek small letter alpha"])).all()
+
+
+def test_captions_are_asked_for_before_anything_is_computed(tmp_path: Path) -> None:
+    settings = recipe(data={"folder": str(write_folder(tmp_path / "photos"))})
+    with pytest.raises(InputError, match=r"loss\.infonce learns from captions.*column text"):
+        run(settings, tmp_path / "run", say=lambda _: None)
+    assert not (tmp_path / "run" / "embeddings").exists()
+
+
+def test_a_new_head_ends_what_texts_can_say(tmp_path: Path) -> None:
+    settings = recipe(loss={"arcface": {}}, adapt=[{"lora": {"rank": 2}}, {"linear_head": {"dim": 16}}])
+    out = run(settings, tmp_path / "run", say=lambda _: None)
+    assert "accuracy@0shot" not in json.loads((out / "results.json").read_text())["before"]["unseen"]
