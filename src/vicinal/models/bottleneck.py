@@ -53,7 +53,7 @@ class Detour(nn.Module):
         block.register_forward_hook(self._add)
 
     def forward(self, u: Float[Tensor, "*T C"]) -> Float[Tensor, "*T C"]:
-        """What is added. The scale is put on weights and the narrow side, where it costs nothing."""
+        """What is added. The scale is put on the weights, where it costs nothing."""
         h = self.dropout(F.relu(self.down(u.to(self.down.weight.dtype))))
         return F.linear(h, self.scale * self.up.weight, self.scale * self.up.bias)
 
