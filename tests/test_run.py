@@ -135,9 +135,21 @@ def test_the_split_column_gives_seen_unseen_and_joint(photos: Path, tmp_path: Pa
     assert set(json.loads((out / "results.json").read_text())["after"]) == {"seen", "unseen", "joint"}
 
 
-@pytest.mark.parametrize("loss", ["ntxent", "supcon", "triplet"])
-def test_pair_losses_run(photos: Path, tmp_path: Path, loss: str) -> None:
-    sampler = {"pk": {"classes": 4, "images_per_class": 2}}
+@pytest.mark.parametrize("memory", [None, 12])
+@pytest.mark.parametrize("loss", ["ntxent", "supcon", "triplet", "multi_similarity"])
+def test_pair_losses_run(photos: Path, tmp_path: Path, loss: str, memory: int | None) -> None:
+    settings = recipe(
+        data={"folder": str(photos)},
+        loss={loss: {}},
+        sampler={"pk": {"classes": 4, "images_per_class": 2}},
+        memory=memory,
+    )
+    run(settings, tmp_path / "run", say=lambda _: None)
+
+
+@pytest.mark.parametrize("loss", ["proxy_anchor", "proxy_nca"])
+def test_proxy_losses_run_on_hard_classes(photos: Path, tmp_path: Path, loss: str) -> None:
+    sampler = {"hard_class": {"classes": 3, "images_per_class": 2, "neighbours": 4}}
     run(recipe(data={"folder": str(photos)}, loss={loss: {}}, sampler=sampler), tmp_path / "run", say=lambda _: None)
 
 

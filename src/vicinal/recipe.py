@@ -187,11 +187,18 @@ class PK(_Strict):
     images_per_class: Annotated[int, Field(ge=1)] = 4
 
 
+class HardClass(PK):
+    """As `pk`, but of classes that are near to each other before training: a class and its nearest `neighbours`."""
+
+    neighbours: Annotated[int, Field(ge=1)] = 64
+
+
 class Sampler(_OneOf):
     """Which images stand together in a batch."""
 
     shuffle: Shuffle | None = None
     pk: PK | None = None
+    hard_class: HardClass | None = None
 
 
 class PreprocessChange(_Strict):
@@ -275,7 +282,8 @@ class Recipe(_Strict):
     def _consistent(self) -> Recipe:
         if self.augment not in AUGMENT:
             raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
-        if self.loss.chosen[0] in PAIR_LOSSES and (self.sampler.pk is None or self.sampler.pk.images_per_class < 2):
+        several = self.sampler.pk or self.sampler.hard_class
+        if self.loss.chosen[0] in PAIR_LOSSES and (several is None or several.images_per_class < 2):
             raise ValueError(
                 f"loss.{self.loss.chosen[0]} compares images of one class in a batch, so it needs "
                 "sampler: {pk: {classes: 16, images_per_class: 4}}"

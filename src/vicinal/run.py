@@ -33,13 +33,13 @@ from vicinal.data.division import Division, Part, divide
 from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
-from vicinal.data.samplers import PKSampler, ShuffleSampler
+from vicinal.data.samplers import HardClassSampler, PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_table
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
 from vicinal.evaluation.intervals import mean, paired_difference
-from vicinal.evaluation.metrics import topk
+from vicinal.evaluation.metrics import class_neighbours, topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
 from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES, CrossBatchMemory, InfoNCE, SigLIP
@@ -50,7 +50,7 @@ from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
-from vicinal.recipe import Data, Recipe, TrainValTest
+from vicinal.recipe import PK, Data, HardClass, Recipe, Sampler, TrainValTest
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
@@ -129,7 +129,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
-    sampler = _sampler(train, recipe)
+    sampler = _sampler(train, everything.where(division.train), recipe)
     objective = _objective(encoder, original, train, everything.where(division.train), sampler, recipe)
     transform = train_transform(encoder.preprocess, recipe.augment)
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
@@ -577,7 +577,7 @@ def _objective(
     original: Encoder,
     train: Manifest,
     untuned: Embeddings,
-    sampler: ShuffleSampler | PKSampler,
+    sampler: ShuffleSampler | PKSampler | HardClassSampler,
     recipe: Recipe,
 ) -> LabelObjective | ImageTextObjective:
     name, settings = recipe.loss.chosen
@@ -607,7 +607,7 @@ def _contrastive(
     original: Encoder,
     train: Manifest,
     untuned: Embeddings,
-    sampler: ShuffleSampler | PKSampler,
+    sampler: ShuffleSampler | PKSampler | HardClassSampler,
     recipe: Recipe,
 ) -> InfoNCE | SigLIP:
     """The loss with the scale (and bias) that the encoder has learnt; from random weights, with those of the papers."""
@@ -625,11 +625,17 @@ def _contrastive(
     return SigLIP(scale=scale, bias=bias, **settings)
 
 
-def _sampler(train: Manifest, recipe: Recipe) -> ShuffleSampler | PKSampler:
-    kind, settings = recipe.sampler.chosen
-    if kind == "pk":
-        return PKSampler(train.labels(), **settings.model_dump(), seed=recipe.seed)
-    return ShuffleSampler(len(train), min(settings.batch_size, len(train)), seed=recipe.seed)
+def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> ShuffleSampler | PKSampler | HardClassSampler:
+    match recipe.sampler:
+        case Sampler(pk=PK() as pk):
+            return PKSampler(train.labels(), **pk.model_dump(), seed=recipe.seed)
+        case Sampler(hard_class=HardClass(neighbours=k) as hard):
+            nearest = class_neighbours(untuned.vectors, train.labels(), k)
+            settings = hard.model_dump(exclude={"neighbours"})
+            return HardClassSampler(train.labels(), nearest, **settings, seed=recipe.seed)
+        case Sampler(shuffle=shuffle):
+            size = shuffle.batch_size if shuffle else 64
+            return ShuffleSampler(len(train), min(size, len(train)), seed=recipe.seed)
 
 
 def _optimizer(objective: LabelObjective | ImageTextObjective, recipe: Recipe) -> torch.optim.Optimizer:
