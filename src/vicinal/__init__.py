@@ -12,37 +12,49 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _HOMES = {
+    "adapt": "models.adapters",
     "ArcFace": "losses",
     "BitFit": "models.adapters",
+    "Bottleneck": "models.adapters",
+    "check": "data.check",
     "CosFace": "losses",
+    "embed": "embedding",
+    "embed_classes": "embedding",
+    "embed_text": "embedding",
     "Embeddings": "types",
     "Encoder": "models.encoder",
     "Estimate": "types",
+    "fit": "training.loop",
     "Full": "models.adapters",
+    "ImageTextObjective": "training.image_text",
+    "InfoNCE": "losses",
     "InputError": "types",
+    "interpolate": "models.merging",
     "LabelObjective": "training.objectives",
     "LastBlocks": "models.adapters",
     "LinearHead": "models.adapters",
-    "LoRA": "models.adapters",
-    "Manifest": "data.manifest",
-    "Preprocess": "types",
-    "Recipe": "recipe",
-    "adapt": "models.adapters",
-    "check": "data.check",
-    "embed": "embedding",
-    "fit": "training.loop",
-    "interpolate": "models.merging",
     "load_benchmark": "data.benchmarks",
     "load_encoder": "models.backbones",
+    "load_glyphs": "data.glyphs",
+    "LoRA": "models.adapters",
+    "Manifest": "data.manifest",
     "merge": "models.adapters",
+    "NearestPrototype": "heads",
     "paired_difference": "evaluation.intervals",
+    "Preprocess": "types",
     "prototypes": "evaluation.protocols",
+    "ProxyAnchor": "losses",
     "read_coco": "data.sources",
     "read_folder": "data.sources",
     "read_hub": "data.sources",
     "read_table": "data.sources",
+    "Recipe": "recipe",
     "report": "evaluation.report",
     "retrieval": "evaluation.protocols",
+    "SigLIP": "losses",
+    "TipAdapter": "heads",
+    "VisualPrompt": "models.adapters",
+    "zero_shot": "evaluation.image_text",
 }
 
 __all__ = sorted(_HOMES)
@@ -50,29 +62,41 @@ __all__ = sorted(_HOMES)
 if TYPE_CHECKING:
     from vicinal.data.benchmarks import load_benchmark as load_benchmark
     from vicinal.data.check import check as check
+    from vicinal.data.glyphs import load_glyphs as load_glyphs
     from vicinal.data.manifest import Manifest as Manifest
     from vicinal.data.sources import read_coco as read_coco
     from vicinal.data.sources import read_folder as read_folder
     from vicinal.data.sources import read_hub as read_hub
     from vicinal.data.sources import read_table as read_table
     from vicinal.embedding import embed as embed
+    from vicinal.embedding import embed_classes as embed_classes
+    from vicinal.embedding import embed_text as embed_text
+    from vicinal.evaluation.image_text import zero_shot as zero_shot
     from vicinal.evaluation.intervals import paired_difference as paired_difference
     from vicinal.evaluation.protocols import prototypes as prototypes
     from vicinal.evaluation.protocols import retrieval as retrieval
     from vicinal.evaluation.report import report as report
+    from vicinal.heads import NearestPrototype as NearestPrototype
+    from vicinal.heads import TipAdapter as TipAdapter
     from vicinal.losses import ArcFace as ArcFace
     from vicinal.losses import CosFace as CosFace
+    from vicinal.losses import InfoNCE as InfoNCE
+    from vicinal.losses import ProxyAnchor as ProxyAnchor
+    from vicinal.losses import SigLIP as SigLIP
     from vicinal.models.adapters import BitFit as BitFit
+    from vicinal.models.adapters import Bottleneck as Bottleneck
     from vicinal.models.adapters import Full as Full
     from vicinal.models.adapters import LastBlocks as LastBlocks
     from vicinal.models.adapters import LinearHead as LinearHead
     from vicinal.models.adapters import LoRA as LoRA
+    from vicinal.models.adapters import VisualPrompt as VisualPrompt
     from vicinal.models.adapters import adapt as adapt
     from vicinal.models.adapters import merge as merge
     from vicinal.models.backbones import load_encoder as load_encoder
     from vicinal.models.encoder import Encoder as Encoder
     from vicinal.models.merging import interpolate as interpolate
     from vicinal.recipe import Recipe as Recipe
+    from vicinal.training.image_text import ImageTextObjective as ImageTextObjective
     from vicinal.training.loop import fit as fit
     from vicinal.training.objectives import LabelObjective as LabelObjective
     from vicinal.types import Embeddings as Embeddings
