@@ -24,7 +24,7 @@ def recipe(**more: object) -> Recipe:
         "split": {"class_disjoint": {"holdout": 0.34, "seed": 1, "val": 0.25}},
         "model": "vicinal:nano",
         "random_init": True,
-        "adapt": [{"full": {}}],
+        "adapt": [{"full": {"tower": "both"}}],
         "loss": {"infonce": {}},
         "sampler": {"shuffle": {"batch_size": 16}},
         "steps": 3,
