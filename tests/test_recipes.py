@@ -15,7 +15,17 @@ from vicinal.recipe import Recipe
 from vicinal.run import run
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))}
-PARTS = {"folder": {"unseen", "seen"}, "flowers": {"seen", "unseen", "joint"}, "flowers_all": {"all"}}
+PARTS = {
+    "folder": {"unseen", "seen"},
+    "flowers": {"seen", "unseen", "joint"},
+    "flowers_all": {"all"},
+    "nano": {"seen", "unseen", "joint"},
+}
+    "folder": {"unseen", "seen"},
+    "flowers": {"seen", "unseen", "joint"},
+    "flowers_all": {"all"},
+    "nano": {"seen", "unseen", "joint"},
+}
 flowers = flowers_miniature
 
 SMALL = [
@@ -39,6 +49,16 @@ def test_folder(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos")
     out = run(Recipe.load(RECIPES["folder"], [*SMALL, f"data.folder={photos}"]), tmp_path / "run", say=lambda _: None)
     assert set(json.loads((out / "results.json").read_text())["after"]) == PARTS["folder"]
+
+
+def test_nano(tmp_path: Path) -> None:
+    few = ["data.glyphs.characters=greek", "data.glyphs.images_per_face=1", "sampler.shuffle.batch_size=32"]
+    settings = ["steps=3", "draws=2", "workers=0", "device=cpu", "trackers=[]", "cache=null"]
+    out = run(Recipe.load(RECIPES["nano"], [*few, *settings]), tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["after"]) == PARTS["nano"]
+    assert "accuracy@0shot" in results["after"]["unseen"]
+    assert results["training"]["trained_parameters"] > 0.99 * results["training"]["total_parameters"], "both towers"
 
 
 @pytest.mark.slow
