@@ -39,6 +39,7 @@ def write(tmp_path: Path, content: dict[str, object]) -> Path:
         ({"data": {"folder": "a", "columns": {"label": "x"}}}, "columns has no meaning for data.folder"),
         ({"loss": {"triplet": {}}}, "sampler: {pk:"),
         ({"loss": {"supcon": {}}, "sampler": {"pk": {"images_per_class": 1}}}, "sampler: {pk:"),
+        ({"wise_ft": 0.5, "adapt": [{"lora": {}}, {"bottleneck": {}}]}, "bottleneck adds new ones"),
         ({"memory": 100}, "only a pair loss remembers"),
         ({"steps": "many"}, "steps"),
         ({"wise_ft": "auto", "split": {"class_disjoint": {"val": 0.0}}}, "split.class_disjoint.val"),

@@ -21,11 +21,6 @@ PARTS = {
     "flowers_all": {"all"},
     "nano": {"seen", "unseen", "joint"},
 }
-    "folder": {"unseen", "seen"},
-    "flowers": {"seen", "unseen", "joint"},
-    "flowers_all": {"all"},
-    "nano": {"seen", "unseen", "joint"},
-}
 flowers = flowers_miniature
 
 SMALL = [

@@ -9,6 +9,10 @@ import torch
 from torch import nn
 
 from training_parts import Tiny
+from vicinal.losses import NTXent
+from vicinal.models.adapters import LinearHead, VisualPrompt, adapt
+from vicinal.models.backbones import load_encoder
+from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
 from vicinal.types import InputError
 
@@ -91,3 +95,12 @@ def test_optimisers_by_name():
     assert isinstance(build_optimizer("sgd", groups), torch.optim.SGD)
     with pytest.raises(InputError, match="adam'"):
         build_optimizer("adam", groups)
+
+
+def test_prompts_do_not_decay() -> None:
+    encoder = adapt(load_encoder("timm:test_vit", size=32, random_init=True), VisualPrompt(tokens=2), LinearHead(dim=8))
+    groups = {g["name"]: g for g in parameter_groups(LabelObjective(encoder, NTXent()), lr=0.1, weight_decay=0.5)}
+    prompts = {id(p) for p in encoder.prompts.parameters()}
+    assert prompts
+    assert prompts <= {id(p) for p in groups["encoder, no decay"]["params"]}
+    assert groups["encoder"]["weight_decay"] == 0.5

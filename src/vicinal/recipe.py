@@ -288,6 +288,9 @@ class Recipe(_Strict):
                 f"loss.{self.loss.chosen[0]} compares images of one class in a batch, so it needs "
                 "sampler: {pk: {classes: 16, images_per_class: 4}}"
             )
+        kept = [name for name in ("visual_prompt", "bottleneck") if name in (a.chosen[0] for a in self.adapt)]
+        if self.wise_ft is not None and kept:
+            raise ValueError(f"wise_ft mixes weights that both models have, and {kept[0]} adds new ones; leave one out")
         if self.memory is not None and self.loss.chosen[0] not in PAIR_LOSSES:
             raise ValueError(f"memory: only a pair loss remembers items ({', '.join(PAIR_LOSSES)}); leave it out")
         if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:
