@@ -28,7 +28,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Every parameter that is trained, in up to three groups: "encoder", "encoder, no decay" and "loss".
 
-    Biases, norms, all else of one axis, and prompts are not decayed. The loss's own parameters are a group of their own:
+    Biases, norms, all else of one axis and prompts are not decayed. The loss's own parameters are a group of their own:
     left out of the optimiser, class weights stay random without a word (PML issue 355). They are not decayed, since
     only their direction counts.
 
