@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vicinal.losses import PAIR_LOSSES, Retention
+from vicinal.losses import PAIR_LOSSES, CrossBatchMemory, Retention
 from vicinal.models.encoder import Encoder
 from vicinal.types import Batch, InputError
 
@@ -82,7 +82,7 @@ class LabelObjective(nn.Module):
 
     def loss(self, embeddings: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
         """The loss under "loss", and beside it the parts that it is the sum of, where there are several."""
-        if not isinstance(self.criterion, tuple(PAIR_LOSSES.values())):
+        if not isinstance(self.criterion, (*PAIR_LOSSES.values(), CrossBatchMemory)):
             # Class losses have no use for groups, and other libraries' losses do not know them.
             loss = self.criterion(embeddings, batch["label"])
         else:
