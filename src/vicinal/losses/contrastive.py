@@ -283,13 +283,13 @@ class _LogSumExp(torch.autograd.Function):
         least = factor * (image[own] * text[own]).sum(1).min()  # an own logit, beside which the sums will stand
         shift = (least + factor) / 2
         wide = image.dtype == torch.float32 and bool(factor - least > 2 * SAFE * LOG2_E)
-        tiles = _Tiles(image, text, factor, ids, own, product, torch.float64 if wide else image.dtype)
+        tiles = _Tiles(image, text, factor, -shift, ids, own, product, torch.float64 if wide else image.dtype)
         rows, columns = tiles.zeros(len(image)), tiles.zeros(len(text))
         for i, j, z in tiles.of_rows_or_columns():
-            e = z.sub_(shift).exp2_()
+            e = z.exp2_()
             rows[i] += e.sum(1)
             columns[j] += e.sum(0)
-        ctx.tiles, ctx.shift, ctx.own = tiles, shift, own
+        ctx.tiles, ctx.own = tiles, own
         ctx.save_for_backward(image, text, scale, rows, columns)
         logs = [((sums[own].log2() + shift) / LOG2_E).to(image.dtype) for sums in (rows, columns)]
         return logs[0], logs[1]
@@ -307,7 +307,7 @@ class _LogSumExp(torch.autograd.Function):
         c[own] = (of_columns / size / columns[own]).masked_fill(columns[own] == 0, 0)
         gradients = _Gradients(ctx.tiles, image, text, *ctx.needs_input_grad[:2])
         for i, j, z in ctx.tiles.of_rows_or_columns():
-            gradients.add(i, j, z.sub_(ctx.shift).exp2_().mul_(a[i, None] + c[j]))
+            gradients.add(i, j, z.exp2_().mul_(a[i, None] + c[j]))
         return *gradients.times(size / LOG2_E, scale), None, None, None
 
 
@@ -332,11 +332,10 @@ class _SoftplusSum(torch.autograd.Function):
         asked: bool,
     ) -> Tensor:
         masked, positive = (ids, None) if equal == "mask" else (None, ids)
-        tiles = _Tiles(image, text, scale, masked, own, product, image.dtype)
+        tiles = _Tiles(image, text, scale, bias, masked, own, product, image.dtype)
         gradients = _Gradients(tiles, image, text, *ctx.needs_input_grad[:2]) if asked else None
         total, to_bias = tiles.zeros(), tiles.zeros()
         for i, j, z in tiles.of_rows():
-            z += bias
             sign = None
             if positive is not None:
                 sign = torch.where(positive[i, None] == positive[j], -1.0, 1.0).to(z.dtype)
@@ -358,12 +357,16 @@ class _SoftplusSum(torch.autograd.Function):
 
 
 class _Tiles:
-    """Logits of images and texts, a tile at a time; -inf where an item meets itself or, masked, an equal id.
+    """Logits f x_i . y_j + c, a tile at a time; -inf where an item meets itself or, masked, an equal id.
+
+    Where products are rounded, y is taken less its mean and f x_i . mean is added again in full: the cosines of an
+    encoder have far more in common than what tells them apart, and a smaller number has a smaller rounding error.
 
     Args:
         image: "B D", x.
         text: "B D", y.
-        factor: of the inner products.
+        factor: f.
+        constant: c.
         ids: pairs of equal ones are masked; None masks none.
         own: the rows, or columns, that are wanted.
         product: the type that x and y are rounded to.
@@ -375,13 +378,19 @@ class _Tiles:
         image: Tensor,
         text: Tensor,
         factor: Tensor,
+        constant: Tensor,
         ids: Tensor | None,
         own: slice,
         product: torch.dtype,
         dtype: torch.dtype,
     ) -> None:
-        self.left, self.right, self.factor = (image * factor).to(product), text.to(product), factor
-        self.ids, self.own, self.dtype = ids, own, dtype
+        self.mean = None if product == text.dtype else text.mean(0)
+        self.left, self.right = (
+            (image * factor).to(product),
+            (text if self.mean is None else text - self.mean).to(product),
+        )
+        self.offset = (constant if self.mean is None else factor * (image @ self.mean) + constant).to(dtype)
+        self.factor, self.ids, self.own, self.dtype = factor, ids, own, dtype
         self.tile = TILE if image.device.type == "cpu" else TILE_GPU
 
     def zeros(self, *shape: int) -> Tensor:
@@ -402,6 +411,7 @@ class _Tiles:
         for i in _blocks(images, self.tile[0]):
             for j in _blocks(texts, self.tile[1]):
                 z = (self.left[i] @ self.right[j].T).to(self.dtype)
+                z += self.offset if self.mean is None else self.offset[i, None]
                 if self.ids is not None:
                     z.masked_fill_(self.ids[i, None] == self.ids[j], -torch.inf)
                 _forget_own(z, i, j)
@@ -417,10 +427,13 @@ class _Gradients:
         # One is needed for the scale at least; a tower that is locked costs nothing.
         self.image = torch.zeros_like(image) if of_image or not of_text else None
         self.text = torch.zeros_like(text) if of_text else None
+        self.sums = torch.zeros_like(image[:, 0])
 
     def add(self, i: slice, j: slice, g: Tensor) -> None:
         """The part of one tile."""
         left, right = self.tiles.left[i], self.tiles.right[j]
+        if self.tiles.mean is not None:
+            self.sums[i] += g.sum(1)
         g = g.to(left.dtype)
         if self.image is not None:
             _add_product(self.image[i], g, right)
@@ -430,6 +443,8 @@ class _Gradients:
     def times(self, size: Tensor, scale: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
         """The gradients of images, texts and scale, `size` times as large."""
         if self.image is not None:
+            if self.tiles.mean is not None:  # of which the right side of a tile was freed
+                self.image.addr_(self.sums, self.tiles.mean)
             self.image *= self.tiles.factor * size
         if self.text is not None:
             self.text *= size  # the left side of a tile holds the factor already
