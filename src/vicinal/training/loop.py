@@ -215,7 +215,8 @@ def fit(
                     run.check_finite()
                 if logs:
                     bar.show(run.log(lr))
-                    run.warn_of_collapse(parts, batch)
+                    if 4 * state.step >= steps:  # a training from random weights begins with all alike
+                        run.warn_of_collapse(parts, batch)
                 paused = time.monotonic()
                 if evaluates:
                     run.evaluate(min_delta, last=last)
