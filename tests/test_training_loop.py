@@ -436,7 +436,7 @@ def test_collapse_is_said_once(caplog: pytest.LogCaptureFixture):
         assert not caplog.records
         train(Collapses(), 10)
     assert [record.getMessage() for record in caplog.records] == [
-        "step 1: the model may have collapsed: all images get nearly the same embedding (mean cosine 1.000); "
+        "step 3: the model may have collapsed: all images get nearly the same embedding (mean cosine 1.000); "
         "lower lr or the margin"
     ]
 
