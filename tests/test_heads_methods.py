@@ -226,6 +226,8 @@ def test_gda_of_one_shot_is_isotropic():
     first = np.array([0, 3, 6, 9])
     head = GDA(alpha=1.0).fit(task.X[first], task.y[first])
     keys = np.array(task.F)[first]
+    assert GDA(policy="fixed").fit(task.X[first], task.y[first], text=task.T).alpha_ == 0.1
+    assert GDA(policy="fixed").fit(task.X, task.y, text=task.T).alpha_ == 1.0
     distance = ((np.array(task.f)[:, None] - keys) ** 2).sum(2)
     assert np.array_equal(head.predict(task.Q), distance.argmin(1))
 
