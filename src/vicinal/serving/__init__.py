@@ -1,0 +1,1 @@
+"""What leaves the house: exports that other libraries load."""

@@ -1,0 +1,267 @@
+"""Exports: loaded by the library they are for, with the same vectors; refused where not, and nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import tiny_encoders
+from vicinal.models.adapters import LinearHead, LoRA, VisualPrompt, adapt, trainable
+from vicinal.models.backbones import load_encoder
+from vicinal.models.encoder import Encoder
+from vicinal.serving import export as exports
+from vicinal.serving import parity
+from vicinal.serving.export import MARK, export
+from vicinal.serving.layouts import clip_to_open_clip
+from vicinal.types import InputError
+
+TEXTS = ["a bird", "small Greek letter alpha", "two red shoes on a white table " * 9]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check in this process: the fresh one costs seconds of imports. `test_fresh_process` is the real one."""
+    monkeypatch.setattr(exports, "_in_fresh_process", parity.main)
+
+
+@pytest.fixture(scope="module")
+def nano() -> Encoder:
+    """The built-in model, with random weights, so that nothing depends on how it was trained."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = load_encoder("vicinal:nano", random_init=True)
+    tiny_encoders.disturb(dict(encoder.named_parameters()), scale=0.05)
+    return encoder
+
+
+def images(encoder: Encoder, count: int = 3) -> Tensor:
+    return torch.randn(count, 3, *encoder.preprocess.size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def assert_same(one: Encoder, other: Encoder, limit: float = 1e-6) -> None:
+    x = images(one)
+    for ours, theirs in (
+        (one.encode_image(x), other.encode_image(x)),
+        (one.encode_text(TEXTS), other.encode_text(TEXTS)),
+    ):
+        assert ((ours - theirs).abs().amax(1) / ours.norm(dim=1)).max() < limit
+        assert (ours[0] - ours[1]).norm() > 1e-3 * ours.norm()  # it does depend on what is encoded
+    assert one.logit_scale == pytest.approx(other.logit_scale, rel=1e-6)
+
+
+def test_nano_is_loaded_by_both_libraries_from_one_folder(nano: Encoder, tmp_path: Path, here: None) -> None:
+    folder = export(nano, tmp_path / "both", format=("transformers", "open_clip"))
+    assert_same(nano, load_encoder(f"open_clip:local-dir:{folder}"))
+    assert_same(nano, load_encoder(f"transformers:{folder}"))
+    assert load_encoder(f"open_clip:local-dir:{folder}").preprocess == nano.preprocess
+    assert load_encoder(f"transformers:{folder}").preprocess == nano.preprocess
+    found = json.loads((folder / MARK).read_text())["differences"]
+    for kind in ("transformers", "open_clip"):
+        assert max(found[kind][key] for key in ("images", "texts", "logits")) < 1e-6
+    modes = {file.stat().st_mode for file in folder.iterdir()}
+    assert len(modes) == 1, "every file is as readable as the others"
+    assert [path.name for path in tmp_path.iterdir()] == ["both"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
+def test_fresh_process(kind: exports.Format, nano: Encoder, tmp_path: Path) -> None:
+    folder = export(nano, tmp_path / kind, format=kind)
+    assert json.loads((folder / MARK).read_text())["differences"][kind]["images"] < 1e-6
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("eos", [2, 500, 1023])
+def test_clip_of_transformers_as_open_clip(act: str, eos: int) -> None:
+    import open_clip
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": act}
+    config = CLIPConfig(
+        vision_config={**tower, "intermediate_size": 77, "image_size": 32, "patch_size": 16, "layer_norm_eps": 1e-3},
+        text_config={**tower, "intermediate_size": 64, "vocab_size": 1024, "eos_token_id": eos},
+        projection_dim=24,
+    )
+    torch.manual_seed(0)
+    theirs = CLIPModel(config).eval()
+    tiny_encoders.disturb(dict(theirs.named_parameters()), scale=0.1)
+    model_cfg, state = clip_to_open_clip(theirs, 32)
+    ours = open_clip.CLIP(**json.loads(json.dumps(model_cfg))).eval()
+    ours.load_state_dict(state, strict=True)
+    tokens = torch.randint(3, 500, (4, 77), generator=torch.Generator().manual_seed(0))
+    tokens[:, 20:] = 500
+    tokens[:, 30:] = eos if eos > 2 else 1000
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image = theirs.get_image_features(pixel_values=x).pooler_output
+        text = theirs.get_text_features(input_ids=tokens).pooler_output
+        assert torch.allclose(ours.encode_image(x), image, atol=2e-6, rtol=1e-5)
+        assert torch.allclose(ours.encode_text(tokens), text, atol=2e-6, rtol=1e-5)
+
+
+def test_towers_of_two_activations_are_refused(nano: Encoder) -> None:
+    from transformers import CLIPModel
+
+    config = type(nano.model.config).from_dict(nano.model.config.to_dict())
+    config.text_config.hidden_act = "quick_gelu"
+    with pytest.raises(InputError, match="gelu and quick_gelu"):
+        clip_to_open_clip(CLIPModel(config), 48)
+
+
+@pytest.mark.parametrize("settings", [{}, {"quick_gelu": True}, {"custom_text": True}], ids=["clip", "quick", "custom"])
+def test_clip_of_open_clip_as_transformers(settings: dict[str, bool], tmp_path: Path, here: None) -> None:
+    file = tmp_path / "base" / "open_clip_config.json"
+    tiny_encoders.open_clip(file.parent)
+    content = json.loads(file.read_text())
+    content["model_cfg"] |= settings
+    file.write_text(json.dumps(content))
+    encoder = load_encoder(f"open_clip:local-dir:{file.parent}", random_init=True)
+    tiny_encoders.disturb(dict(encoder.named_parameters()), scale=0.05)
+    folder = export(encoder, tmp_path / "out", format="transformers")
+    assert_same(encoder, load_encoder(f"transformers:{folder}"))
+    again = export(load_encoder(f"transformers:{folder}"), tmp_path / "again", format="open_clip")
+    assert_same(encoder, load_encoder(f"open_clip:local-dir:{again}"))
+    own = export(encoder, tmp_path / "own", format="open_clip")
+    assert_same(encoder, load_encoder(f"open_clip:local-dir:{own}"))
+
+
+@pytest.fixture(scope="module")
+def siglip(nano: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """SigLIP as open_clip has it, two blocks a tower, with a tokenizer of transformers and "canonicalize"."""
+    import timm
+    from timm.models import VisionTransformer, build_model_with_cfg, register_model
+
+    def vit_test_siglip_32(pretrained: bool = False, **kwargs: object) -> nn.Module:
+        shape = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.5}
+        settings = {**shape, "class_token": False, "global_pool": "map", "act_layer": "gelu_tanh", **kwargs}
+        settings["pretrained_cfg"] = {"input_size": (3, 32, 32)}
+        return build_model_with_cfg(VisionTransformer, "vit_test_siglip_32", False, **settings)
+
+    if not timm.is_model("vit_test_siglip_32"):
+        register_model(vit_test_siglip_32)
+    text = {"context_length": 16, "vocab_size": 1024, "width": 32, "heads": 4, "layers": 2, "mlp_ratio": 2.5}
+    text |= {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}}
+    text |= {
+        "act_kwargs": {"approximate": "tanh"},
+        "hf_tokenizer_name": "x",
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+    }
+    vision = {"image_size": 32, "timm_model_name": "vit_test_siglip_32", "timm_pool": "map", "timm_proj": "none"}
+    config = {"embed_dim": 32, "init_logit_bias": -10, "custom_text": True, "vision_cfg": vision, "text_cfg": text}
+    folder = tmp_path_factory.mktemp("siglip")
+    seen = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": seen}))
+    nano.tokenizer.inner.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = load_encoder(f"open_clip:local-dir:{folder}", random_init=True)
+    tiny_encoders.disturb(dict(encoder.named_parameters()), scale=0.1)
+    return encoder
+
+
+def test_siglip_of_open_clip_as_transformers(siglip: Encoder, tmp_path: Path, here: None) -> None:
+    folder = export(siglip, tmp_path / "out", format="transformers")
+    again = load_encoder(f"transformers:{folder}")
+    assert_same(siglip, again)
+    assert again.logit_bias == siglip.logit_bias
+    assert again.preprocess == siglip.preprocess
+    assert type(again.model).__name__ == "SiglipModel"
+    dirty = ["A BIRD,  on_the (rocks)!", "it's"]
+    assert torch.equal(siglip.tokenize(dirty), again.tokenize(dirty))
+
+
+def test_lora_is_merged(nano: Encoder, tmp_path: Path, here: None) -> None:
+    adapted = adapt(nano, LoRA(rank=2))
+    tiny_encoders.disturb(trainable(adapted), scale=0.1)
+    folder = export(adapted, tmp_path / "out", format="open_clip")
+    assert_same(adapted, load_encoder(f"open_clip:local-dir:{folder}"), limit=1e-5)
+    with torch.no_grad():
+        assert (adapted.encode_image(images(nano)) - nano.encode_image(images(nano))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("crop", ["squash", "pad"])
+def test_how_images_are_fitted_goes_along(crop: str, nano: Encoder, tmp_path: Path, here: None) -> None:
+    fitted = load_encoder("vicinal:nano", random_init=True, crop=crop, size=32)
+    folder = export(fitted, tmp_path / "out", format="open_clip")
+    assert load_encoder(f"open_clip:local-dir:{folder}").preprocess == fitted.preprocess
+    pictures = json.loads((folder / MARK).read_text())["differences"]["open_clip"]["pictures"]
+    assert pictures < 0.02
+    if crop == "pad":
+        with pytest.raises(InputError, match=r"do not pad.*exported as open_clip"):
+            export(fitted, tmp_path / "other", format="transformers")
+
+
+def test_share_of_a_crop_goes_along(nano: Encoder, tmp_path: Path, here: None) -> None:
+    cut = load_encoder("vicinal:nano", random_init=True)
+    cut.preprocess = dataclasses.replace(cut.preprocess, crop_pct=0.875)
+    folder = export(cut, tmp_path / "out", format="transformers")
+    assert load_encoder(f"transformers:{folder}").preprocess.crop_pct == pytest.approx(0.875, abs=0.02)
+    with pytest.raises(InputError, match=r"0\.875.*exported as transformers"):
+        export(cut, tmp_path / "other", format="open_clip")
+
+
+def _broken(folder: Path, images: Tensor, pictures: list[Image.Image], texts: list[str]) -> dict[str, Tensor]:
+    found = parity.open_clip(folder, images, pictures, texts)
+    return {**found, "texts": found["texts"] + 0.05}
+
+
+def test_what_differs_is_refused_and_nothing_is_left(
+    nano: Encoder, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.FORMATS, "open_clip", _broken)
+    with pytest.raises(InputError, match=r"texts differ by \d\.\d+e-0\d, more than 0\.001"):
+        export(nano, tmp_path / "out", format="open_clip")
+    assert not list(tmp_path.iterdir())
+    export(nano, tmp_path / "out", format="open_clip", tolerance=1.0)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="texts differ"):  # and what was there before stays
+        export(nano, tmp_path / "out", format="open_clip")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_is_replaced_and_nothing_else_is(nano: Encoder, tmp_path: Path, here: None) -> None:
+    export(nano, tmp_path / "out", format="open_clip")
+    (tmp_path / "out" / "old.txt").write_text("of the first")
+    export(nano, tmp_path / "out", format="transformers")
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert not (tmp_path / "out" / "open_clip_config.json").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="not an export"):
+        export(nano, tmp_path / "mine", format="open_clip")
+
+
+REFUSED: dict[str, tuple[Callable[[Encoder, Path], Encoder], str]] = {
+    "head": (lambda nano, folder: adapt(nano, LinearHead(dim=8)), "LinearHead"),
+    "prompts": (lambda nano, folder: adapt(nano, VisualPrompt(tokens=2)), "VisualPrompt"),
+    "timm": (lambda nano, folder: tiny_encoders.timm(folder), "transformers has no timm VisionTransformer"),
+    "wide": (lambda nano, folder: load_encoder("vicinal:nano", size=(48, 64), random_init=True), "square"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_held_is_refused(case: str, nano: Encoder, tmp_path: Path) -> None:
+    make, message = REFUSED[case]
+    encoder = make(nano, tmp_path / "base")
+    with pytest.raises(InputError, match=message):
+        export(encoder, tmp_path / "out", format="transformers")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_formats_and_pictures(nano: Encoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean open_clip"):
+        export(nano, tmp_path / "out", format="openclip")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one"):
+        export(nano, tmp_path / "out", format="open_clip", pictures=[])
+    (tmp_path / "x.png").write_text("no picture")
+    with pytest.raises(InputError, match=r"x\.png cannot be read"):
+        export(nano, tmp_path / "out", format="open_clip", pictures=[tmp_path / "x.png"])
+    assert not (tmp_path / "out").exists()
