@@ -1,0 +1,537 @@
+"""Decision rules on scores: from which score on an answer is accepted, and how sure a softmax may be. Arithmetic alone.
+
+Let s_q be the score of query q, right_q whether what it was given is right, e_q whether a right answer existed at all,
+P the number of queries with e_q, I the set of impostors: those without e_q or, where e is not given, those not right.
+With the threshold t, walked down the distinct scores,
+
+    TP(t) = |right, s >= t|    FP(t) = |not right, s >= t|    precision = TP / (TP + FP)    recall = TP / P
+    F1(t) = 2 TP / (TP + FP + P)       FAR(t) = |I, s >= t| / |I|       FRR(t) = 1 - recall
+    EER   = FAR = FRR, where the two cross, on the straight line between the two nearest thresholds
+
+So a wrong class that is accepted costs twice: it is a false positive, and its query stays missed. With e, FAR is the
+share of unknown things that are taken for something known (FPIR) and FRR its counterpart (FNIR). From scores of pairs,
+a query against a gallery of N references is wrong, as if the N were independent, in
+
+    FPIR = 1 - (1 - FAR)^N,      so a stated rate r asks for FAR <= 1 - (1 - r)^(1 / N)
+
+    temperature   argmin_T  - sum_q log softmax(z_q / T)_{y_q}                        (Guo et al. 2017, 1706.04599)
+
+Intervals are not made here: `evaluation.verification` resamples classes, with `weights`.
+
+Letters: Q queries (or pairs), T distinct scores, C classes, R sets of weights, N references of a gallery.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from vicinal.heads.support import as_numpy
+from vicinal.types import Estimate, InputError, Metrics
+
+__all__ = ["Curve", "OpenSetThreshold", "TemperatureScaling", "curve"]
+
+ENDS = ("value", "low", "high")
+GALLERIES = (10, 100, 1000)  # for which a threshold is recommended: one fitted with 20 fails with 500
+_B = TypeVar("_B", bound="_Bound")  # beartype cannot check Self
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """What is accepted at each threshold. The leading axis R is there if weights "R Q" were given.
+
+    Args:
+        thresholds: "T", the distinct scores, descending.
+        right: "R T" or "T", right ones accepted: TP.
+        wrong: the same, wrong ones accepted: FP.
+        impostors: the same, impostors accepted.
+        enrolled: "R" or "", P.
+        strangers: "R" or "", how many impostors there are.
+    """
+
+    thresholds: Float[np.ndarray, "T"]
+    right: Float[np.ndarray, "*R T"]
+    wrong: Float[np.ndarray, "*R T"]
+    impostors: Float[np.ndarray, "*R T"]
+    enrolled: Float[np.ndarray, "*R"]
+    strangers: Float[np.ndarray, "*R"]
+
+    @property
+    def precision(self) -> Float[np.ndarray, "*R T"]:
+        """TP / (TP + FP); NaN where nothing is accepted."""
+        return _share(self.right, self.right + self.wrong)
+
+    @property
+    def recall(self) -> Float[np.ndarray, "*R T"]:
+        """TP / P; NaN where nothing was enrolled."""
+        return _share(self.right, self.enrolled[..., None])
+
+    @property
+    def f1(self) -> Float[np.ndarray, "*R T"]:
+        """2 TP / (TP + FP + P)."""
+        return _share(2 * self.right, self.right + self.wrong + self.enrolled[..., None])
+
+    @property
+    def false_accept(self) -> Float[np.ndarray, "*R T"]:
+        """FAR: impostors accepted / impostors; NaN where there are none."""
+        return _share(self.impostors, self.strangers[..., None])
+
+    def best_f1(self) -> Float[np.ndarray, "*R"]:
+        """The threshold of the best F1: the largest of equals, midway to the next lower score."""
+        place = np.nan_to_num(self.f1, nan=-1.0).argmax(-1)
+        return np.asarray(_midway(self.thresholds)[place])
+
+    def at_rate(self, rate: float) -> Float[np.ndarray, "*R"]:
+        """The smallest score that as threshold keeps FAR <= `rate`; above every score where none does."""
+        allowed = rate * self.strangers + 1e-9 * np.maximum(self.strangers, 1.0)  # 0.29 x 100 is not quite 29
+        place = (self.impostors <= allowed[..., None]).sum(-1)
+        steps = np.concatenate([_above(self.thresholds[:1]), self.thresholds])
+        return np.asarray(steps[place])
+
+    def equal_error(self) -> Float[np.ndarray, "*R"]:
+        """EER; NaN without impostors, or without anything enrolled."""
+        far = np.concatenate([np.zeros((*self.enrolled.shape, 1)), self.false_accept], axis=-1)
+        gap = np.concatenate([np.ones((*self.enrolled.shape, 1)), 1 - self.recall], axis=-1) - far
+        after = np.minimum((gap > 0).sum(-1), gap.shape[-1] - 1)[..., None]
+        before = np.maximum(after - 1, 0)
+        high, low = np.take_along_axis(gap, before, -1), np.take_along_axis(gap, after, -1)
+        ends = np.take_along_axis(far, before, -1), np.take_along_axis(far, after, -1)
+        step = _share(high, high - low)
+        return np.asarray((ends[0] + step * (ends[1] - ends[0]))[..., 0])
+
+    def true_accept(self, rate: float) -> Float[np.ndarray, "*R"]:
+        """TAR @ FAR: the largest recall with FAR <= `rate`; NaN, not measurable, with fewer than 1 / rate impostors."""
+        allowed = rate * self.strangers + 1e-9 * np.maximum(self.strangers, 1.0)
+        fits = self.impostors <= allowed[..., None]
+        best = np.where(fits, self.recall, 0.0).max(-1, initial=0.0)
+        return np.where(allowed >= 1, best, np.nan)
+
+
+def curve(
+    scores: ArrayLike,
+    right: ArrayLike,
+    *,
+    enrolled: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Curve:
+    """Count what each threshold accepts, for all thresholds at once. O(Q log Q), and O(R Q) for the weights.
+
+    Args:
+        scores: "Q"; -inf is never accepted.
+        right: "Q", whether the answer (or the pair) is right.
+        enrolled: "Q", whether a right answer existed. None: where `right`, as it is with pairs.
+        weights: "Q" or "R Q", how often each counts.
+
+    Raises:
+        InputError: rows that do not match, a score that is NaN or +inf, no finite score, a right answer where none
+            existed.
+
+    >>> found = curve([0.9, 0.8, 0.3], [True, False, True])
+    >>> found.f1.round(2).tolist(), round(float(found.best_f1()), 2)
+    ([0.67, 0.5, 0.8], 0.3)
+    """
+    score, good, there = _checked(scores, right, enrolled)
+    weight = np.ones(len(score)) if weights is None else np.asarray(as_numpy(weights), dtype=np.float64)
+    if weight.shape[-1:] != score.shape:
+        raise InputError(f"weights: {weight.shape[-1:]} of them for {len(score)} scores; give one a score")
+    impostor = ~good if there is None else ~there
+    rows = np.flatnonzero(np.isfinite(score))
+    order = rows[np.argsort(-score[rows], kind="stable")]
+    descending = score[order]
+    ends = np.flatnonzero(np.append(np.diff(descending) != 0, True))
+
+    def accepted(chosen: Bool[np.ndarray, "Q"]) -> Float[np.ndarray, "*R T"]:
+        return np.asarray((weight[..., order] * chosen[order]).cumsum(-1)[..., ends])
+
+    def total(chosen: Bool[np.ndarray, "Q"]) -> Float[np.ndarray, "*R"]:
+        return np.asarray(weight[..., chosen].sum(-1))
+
+    return Curve(
+        descending[ends],
+        accepted(good),
+        accepted(~good),
+        accepted(impostor),
+        total(good if there is None else there),
+        total(impostor),
+    )
+
+
+class _Bound(BaseEstimator):  # type: ignore[misc]    # scikit-learn has no types
+    """What is fitted on the scores of one model under one setting, and refused for any other."""
+
+    kind: ClassVar[str]
+    fingerprint_: str
+    settings_: dict[str, Any]
+
+    def _bind(self, fingerprint: str, settings: Mapping[str, Any] | None) -> None:
+        self.fingerprint_, self.settings_ = fingerprint, json.loads(json.dumps(dict(settings or {})))
+
+    def check(self, *, fingerprint: str, settings: Mapping[str, Any] | None = None) -> None:
+        """Refuse another model, or other settings of the matcher, than those of the scores it was fitted on.
+
+        Args:
+            fingerprint: of the model, `Encoder.fingerprint()`.
+            settings: of the matcher, `Matcher.settings`.
+
+        Raises:
+            InputError: one of them differs; the message names which.
+        """
+        check_is_fitted(self)
+        if fingerprint != self.fingerprint_:
+            raise InputError(
+                f"the {self.kind} was fitted on scores of the model {self.fingerprint_[:12]}…, and this is "
+                f"{fingerprint[:12]}…: fit it anew with `vicinal calibrate`"
+            )
+        given = json.loads(json.dumps(dict(settings or {})))
+        for name in sorted(given.keys() | self.settings_.keys()):
+            if given.get(name) != self.settings_.get(name):
+                raise InputError(
+                    f"the {self.kind} was fitted with {name}={self.settings_.get(name)!r}, and here it is "
+                    f"{given.get(name)!r}: fit it anew with `vicinal calibrate`, or set it back"
+                )
+
+    def _write(self, path: str | Path, values: Mapping[str, Any]) -> Path:
+        path = Path(path)
+        notes = {
+            "schema": 1,
+            "kind": self.kind,
+            "model_hash": self.fingerprint_,
+            "settings": self.settings_,
+            **values,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(path)
+        return path
+
+    @classmethod
+    def _read(cls: type[_B], path: str | Path) -> dict[str, Any]:
+        try:
+            notes = json.loads(Path(path).read_text(encoding="utf-8"))
+            if notes["kind"] != cls.kind:
+                raise InputError(f"{path} holds a {notes['kind']}, not a {cls.kind}; name another file")
+            return dict(notes)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is not a file of a {cls.kind} ({error}); write one with save") from error
+
+
+class OpenSetThreshold(_Bound):
+    """The score from which on an answer counts; below it, *unknown*. Best F1, or a stated rate of false accepts.
+
+    To be fitted on classes that were neither trained on nor will be reported on. Without `rate`: the best F1, of equal
+    ones the largest threshold, placed midway to the next lower score. With it: the smallest score that keeps FAR within
+    the rate, so the largest recall that the rate allows.
+
+    After `fit`: `threshold_`, `f1_`, `precision_`, `recall_`, `false_accept_` at it, `eer_`, `counts_` (right, wrong,
+    impostors), and for scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, None where not measurable.
+
+    Args:
+        rate: r, the share of impostors that may be accepted, above 0 and below 1. None: the best F1.
+        gallery: N, for scores of pairs: r is then per query, against N references. None: r is per score.
+
+    >>> rule = OpenSetThreshold().fit([0.9, 0.8, 0.3, 0.2], [True, True, False, False], fingerprint="abc")
+    >>> round(rule.threshold_, 2), rule.predict([0.5, 0.6]).tolist()
+    (0.55, [False, True])
+    """
+
+    kind: ClassVar[str] = "open-set threshold"
+
+    def __init__(self, *, rate: float | None = None, gallery: int | None = None) -> None:
+        self.rate = rate
+        self.gallery = gallery
+
+    def fit(
+        self,
+        scores: ArrayLike,
+        right: ArrayLike,
+        *,
+        fingerprint: str,
+        enrolled: ArrayLike | None = None,
+        settings: Mapping[str, Any] | None = None,
+        gallery_size: int | None = None,
+    ) -> OpenSetThreshold:
+        """Find the threshold.
+
+        Args:
+            scores: "Q", of pairs or of the best class of each query. `Matcher.trials` gives all three.
+            right: "Q", whether the pair is of one class, or the best class the right one.
+            fingerprint: of the model that the scores come from.
+            enrolled: "Q", whether the query's class was among those to choose from: FAR is then that of the others.
+            settings: of the matcher that the scores come from.
+            gallery_size: how many classes there were to choose from, kept to warn by.
+
+        Raises:
+            InputError: rows that do not match, a score that is NaN, none right, a rate that is no rate or that so few
+                impostors cannot show, a gallery for scores that have met one.
+        """
+        if self.rate is not None and not 0 < self.rate < 1:
+            raise InputError(f"rate={self.rate} is not a share of false accepts; give one above 0 and below 1")
+        if self.gallery is not None and (self.rate is None or self.gallery < 1):
+            raise InputError("gallery needs a rate to keep and at least one reference; leave it away for the best F1")
+        if self.gallery is not None and enrolled is not None:
+            raise InputError("gallery is for scores of pairs; these have met their gallery already: leave it away")
+        found = curve(scores, right, enrolled=enrolled)
+        if found.right[-1] == 0:
+            raise InputError("no right answer has a score, so no threshold can be fitted; check labels and references")
+        self.by_gallery_: dict[int, float | None] = {}
+        if self.rate is None:
+            self.threshold_ = float(found.best_f1())
+        else:
+            per_pair = _per_pair(self.rate, self.gallery or 1)
+            if found.strangers * per_pair < 1 - 1e-9:
+                raise InputError(
+                    f"a false-accept rate of {per_pair:.3g} a score is not measurable on {int(found.strangers)} "
+                    f"impostors: give at least {math.ceil(1 / per_pair - 1e-9)}, or state a higher rate"
+                )
+            self.threshold_ = float(found.at_rate(per_pair))
+            if enrolled is None:
+                shares = {n: _per_pair(self.rate, n) for n in GALLERIES}
+                self.by_gallery_ = {
+                    n: float(found.at_rate(share)) if found.strangers * share >= 1 - 1e-9 else None
+                    for n, share in shares.items()
+                }
+        good, impostors = _checked(scores, right, enrolled)[1], found.strangers
+        self.counts_ = {"right": int(good.sum()), "wrong": int((~good).sum()), "impostors": int(impostors)}
+        accepted = int((found.thresholds >= self.threshold_).sum()) - 1
+        self.f1_, self.precision_, self.recall_, self.false_accept_ = (
+            float(values[accepted]) if accepted >= 0 else empty
+            for values, empty in (
+                (found.f1, 0.0),
+                (found.precision, math.nan),
+                (found.recall, 0.0),
+                (found.false_accept, 0.0),
+            )
+        )
+        self.eer_ = float(found.equal_error())
+        self.gallery_size_ = gallery_size
+        self.metrics_: dict[str, Estimate] = {}
+        self._bind(fingerprint, settings)
+        return self
+
+    def predict(self, scores: ArrayLike) -> Bool[np.ndarray, "Q"]:
+        """Whether each score is accepted: s >= threshold_.
+
+        Args:
+            scores: "Q".
+        """
+        check_is_fitted(self)
+        return np.asarray(as_numpy(scores) >= self.threshold_)
+
+    def save(self, path: str | Path, *, metrics: Metrics | None = None) -> Path:
+        """Write a JSON file: threshold, model, settings and what was measured. It appears whole or not at all.
+
+        Args:
+            path: the file, by custom `threshold.json` beside the model.
+            metrics: estimates with intervals, from `evaluation.verification.calibrate`.
+        """
+        check_is_fitted(self)
+        names = ("threshold_", "f1_", "precision_", "recall_", "false_accept_", "eer_")
+        measured = {**self.metrics_, **(metrics or {})}
+        values = {
+            "rate": self.rate,
+            "gallery": self.gallery,
+            "gallery_size": self.gallery_size_,
+            **{name[:-1]: _number(getattr(self, name)) for name in names},
+            "by_gallery": self.by_gallery_,
+            "counts": self.counts_,
+            "metrics": {n: {k: _number(v) for k, v in asdict(e).items()} for n, e in measured.items()},
+        }
+        return self._write(path, values)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, fingerprint: str | None = None, settings: Mapping[str, Any] | None = None
+    ) -> OpenSetThreshold:
+        """Read what `save` wrote, and refuse it for another model or other settings.
+
+        Args:
+            path: the file.
+            fingerprint: of the model it is to serve; None leaves the check to `check`, or to `Matcher.decide_by`.
+            settings: of the matcher it is to serve.
+
+        Raises:
+            InputError: the file is missing or holds something else; it was fitted for another model or matcher.
+        """
+        notes = cls._read(path)
+        try:
+            rule = cls(rate=notes["rate"], gallery=notes["gallery"])
+            for name in ("f1", "precision", "recall", "false_accept", "eer"):
+                setattr(rule, f"{name}_", math.nan if notes[name] is None else float(notes[name]))
+            rule.threshold_ = float(notes["threshold"])
+            rule.gallery_size_, rule.counts_ = notes["gallery_size"], notes["counts"]
+            rule.by_gallery_ = {int(n): t for n, t in notes["by_gallery"].items()}
+            rule.metrics_ = {
+                name: Estimate(*(math.nan if e[end] is None else e[end] for end in ENDS), e["n"], e["queries"])
+                for name, e in notes["metrics"].items()
+            }
+            rule._bind(notes["model_hash"], notes["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not whole ({error}); write it anew with `vicinal calibrate`") from error
+        if fingerprint is not None:
+            rule.check(fingerprint=fingerprint, settings=settings)
+        return rule
+
+
+class TemperatureScaling(_Bound):
+    """One number that makes a softmax honest: T of softmax(z / T), by maximum likelihood. Guo et al. 2017, 1706.04599.
+
+    It changes no answer. The likelihood is concave in 1 / T, so the optimum is one root, found to 1e-9. T stays within
+    0.001 to 1,000: where every answer is right the likelihood grows as T falls, where logits say nothing as T grows.
+
+    After `fit`: `temperature_`, `nll_` (mean, at T).
+
+    >>> scaling = TemperatureScaling().fit([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0]], [0, 0, 1], fingerprint="abc")
+    >>> scaling.predict_proba([[4.0, 0.0]]).round(3).tolist()
+    [[0.667, 0.333]]
+    """
+
+    kind: ClassVar[str] = "temperature"
+
+    def fit(
+        self, logits: ArrayLike, y: ArrayLike, *, fingerprint: str, settings: Mapping[str, Any] | None = None
+    ) -> TemperatureScaling:
+        """Find the temperature.
+
+        Args:
+            logits: "Q C", of samples that nothing was trained on.
+            y: "Q", which column is right.
+            fingerprint: of the model that the logits come from.
+            settings: of the head or matcher that the logits come from.
+
+        Raises:
+            InputError: no samples, fewer than two classes, a label that is no column, a logit that is not finite.
+        """
+        from scipy.optimize import brentq
+
+        z, labels = np.asarray(as_numpy(logits), dtype=np.float64), np.asarray(as_numpy(y))
+        if z.ndim != 2 or len(z) == 0 or z.shape[1] < 2 or labels.shape != z.shape[:1]:
+            raise InputError(f"a temperature needs logits 'Q C' of two classes or more and Q labels; not {z.shape}")
+        if not np.isfinite(z).all():
+            raise InputError("a logit is not finite: the training diverged, or an image is broken")
+        if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= z.shape[1]:
+            raise InputError(f"labels must be columns of the logits, 0 to {z.shape[1] - 1}")
+        z = z - z.max(1, keepdims=True)
+        true = z[np.arange(len(z)), labels]
+
+        def slope(log_beta: float) -> float:
+            """The derivative of the negative log-likelihood by 1 / T; it never falls."""
+            p = np.exp(np.exp(log_beta) * z)
+            return float(((p * z).sum(1) / p.sum(1) - true).mean())
+
+        low, high = math.log(1e-3), math.log(1e3)
+        if slope(low) >= 0:
+            root = low
+        elif slope(high) <= 0:
+            root = high
+        else:
+            root = brentq(slope, low, high, xtol=1e-12, rtol=1e-10)
+        self.temperature_ = math.exp(-root)
+        scaled = z / self.temperature_
+        self.nll_ = float((np.log(np.exp(scaled).sum(1)) - true / self.temperature_).mean())
+        self._bind(fingerprint, settings)
+        return self
+
+    def predict_proba(self, logits: ArrayLike) -> Float[np.ndarray, "Q C"]:
+        """softmax(logits / temperature_).
+
+        Args:
+            logits: "Q C".
+        """
+        check_is_fitted(self)
+        scaled = np.asarray(as_numpy(logits), dtype=np.float64) / self.temperature_
+        p = np.exp(scaled - scaled.max(1, keepdims=True))
+        return np.asarray(p / p.sum(1, keepdims=True))
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file; it appears whole or not at all.
+
+        Args:
+            path: the file.
+        """
+        check_is_fitted(self)
+        return self._write(path, {"temperature": self.temperature_, "nll": self.nll_})
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, fingerprint: str | None = None, settings: Mapping[str, Any] | None = None
+    ) -> TemperatureScaling:
+        """Read what `save` wrote, and refuse it for another model or other settings.
+
+        Args:
+            path: the file.
+            fingerprint: of the model it is to serve; None leaves the check to `check`.
+            settings: of the head or matcher it is to serve.
+
+        Raises:
+            InputError: the file is missing or holds something else; it was fitted for another model or other settings.
+        """
+        notes = cls._read(path)
+        try:
+            scaling = cls()
+            scaling.temperature_, scaling.nll_ = float(notes["temperature"]), float(notes["nll"])
+            scaling._bind(notes["model_hash"], notes["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not whole ({error}); fit it anew") from error
+        if fingerprint is not None:
+            scaling.check(fingerprint=fingerprint, settings=settings)
+        return scaling
+
+
+def _checked(
+    scores: ArrayLike, right: ArrayLike, enrolled: ArrayLike | None
+) -> tuple[Float[np.ndarray, "Q"], Bool[np.ndarray, "Q"], Bool[np.ndarray, "Q"] | None]:
+    score = np.asarray(as_numpy(scores), dtype=np.float64)
+    good = np.asarray(as_numpy(right)).astype(bool)
+    there = None if enrolled is None else np.asarray(as_numpy(enrolled)).astype(bool)
+    if score.ndim != 1 or good.shape != score.shape or (there is not None and there.shape != score.shape):
+        raise InputError("scores, right and enrolled must be three rows of the same length")
+    if np.isnan(score).any() or (score == np.inf).any():
+        raise InputError("a score is NaN or infinite: some embedding is not finite; embed anew")
+    if not np.isfinite(score).any():
+        raise InputError("there is no score to fit a threshold on; give some, of right and of wrong answers")
+    if there is not None and (good & ~there).any():
+        raise InputError("an answer is said to be right whose class is said not to be enrolled; check both")
+    return score, good, there
+
+
+def _share(part: Float[np.ndarray, "..."], whole: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    part, whole = np.broadcast_arrays(part, whole)
+    return np.asarray(np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole != 0))
+
+
+def _midway(thresholds: Float[np.ndarray, "T"]) -> Float[np.ndarray, "T"]:
+    """Each halfway to the next lower, as a float32 (which scores are compared in); the last stays where it is."""
+    below = np.append(thresholds[1:], thresholds[-1:])
+    middle = ((thresholds + below) / 2).astype(np.float32).astype(np.float64)
+    return np.where((middle > below) & (middle <= thresholds), middle, thresholds)
+
+
+def _above(threshold: Float[np.ndarray, "1"]) -> Float[np.ndarray, "1"]:
+    """The next float32 above, so that float32 scores too are below it."""
+    higher = np.nextafter(threshold.astype(np.float32), np.float32(np.inf))
+    return np.asarray(higher.astype(np.float64))
+
+
+def _per_pair(rate: float, gallery: int) -> float:
+    """1 - (1 - rate)^(1 / N), without the loss of digits."""
+    return -math.expm1(math.log1p(-rate) / gallery)
+
+
+def _number(value: float | int | None) -> float | int | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
