@@ -35,6 +35,7 @@ def without_weights(load: Callable[..., Encoder]) -> Callable[..., Encoder]:
     return loaded
 
 
+@pytest.mark.slow
 def test_its_cells_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
