@@ -43,7 +43,6 @@ from vicinal.types import Estimate, InputError, Metrics
 
 __all__ = ["Curve", "OpenSetThreshold", "TemperatureScaling", "curve"]
 
-ENDS = ("value", "low", "high")
 GALLERIES = (10, 100, 1000)  # for which a threshold is recommended: one fitted with 20 fails with 500
 _B = TypeVar("_B", bound="_Bound")  # beartype cannot check Self
 
@@ -376,10 +375,7 @@ class OpenSetThreshold(_Bound):
             rule.threshold_ = float(notes["threshold"])
             rule.gallery_size_, rule.counts_ = notes["gallery_size"], notes["counts"]
             rule.by_gallery_ = {int(n): t for n, t in notes["by_gallery"].items()}
-            rule.metrics_ = {
-                name: Estimate(*(math.nan if e[end] is None else e[end] for end in ENDS), e["n"], e["queries"])
-                for name, e in notes["metrics"].items()
-            }
+            rule.metrics_ = {name: _estimate(values) for name, values in notes["metrics"].items()}
             rule._bind(notes["model_hash"], notes["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not whole ({error}); write it anew with `vicinal calibrate`") from error
@@ -535,3 +531,8 @@ def _per_pair(rate: float, gallery: int) -> float:
 
 def _number(value: float | int | None) -> float | int | None:
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
+
+
+def _estimate(values: Mapping[str, Any]) -> Estimate:
+    value, low, high = (math.nan if values[name] is None else float(values[name]) for name in ("value", "low", "high"))
+    return Estimate(value, low, high, n=values["n"], queries=values["queries"])
