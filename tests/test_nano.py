@@ -17,6 +17,7 @@ from vicinal.embedding import embed, embed_classes
 from vicinal.evaluation.image_text import zero_shot
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
+from vicinal.serving.export import export
 from vicinal.types import InputError
 
 FOLDER = Path(room.__file__).parent / "nano"
@@ -57,6 +58,21 @@ def test_transformers_gives_the_same_vectors(nano: Encoder, tmp_path: Path) -> N
     torch.testing.assert_close(ours[1], theirs.text_embeds, atol=1e-5, rtol=0)
     processor = AutoImageProcessor.from_pretrained(FOLDER)
     assert (processor.crop_size["height"], processor.image_mean[0]) == (48, nano.preprocess.mean[0])
+
+
+@pytest.mark.slow
+def test_open_clip_gives_the_same_vectors_from_the_same_folder(nano: Encoder, tmp_path: Path) -> None:
+    import open_clip
+    from transformers import AutoModel
+
+    folder = export(nano, tmp_path / "both", format=["open_clip", "transformers"])
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    images = pictures(nano, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().encode_image(images), nano.encode_image(images), atol=1e-5, rtol=0)
+        torch.testing.assert_close(model.encode_text(tokens), nano.encode_text(TEXTS), atol=1e-5, rtol=0)
+    assert AutoModel.from_pretrained(folder).config.model_type == "clip"
 
 
 def test_characters_and_a_family_that_it_never_saw_are_told_by_name(nano: Encoder, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 import yaml
@@ -170,6 +170,23 @@ def evaluate(
         print(f"{name:18} {estimate}   {estimate.n} classes, {estimate.queries:,} queries")
     if json_out:
         json_out.write_text(json.dumps({k: asdict(v) for k, v in metrics.items()}, indent=1), encoding="utf-8")
+
+
+@app.command()
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    format: Annotated[list[str], typer.Option(help="One of transformers, open_clip, … (an error lists all); several.")],
+) -> None:
+    """Write a model for other libraries; each export is loaded there and compared before it is kept."""
+    from vicinal.run import open_uri
+    from vicinal.serving.export import FORMATS, Format
+    from vicinal.serving.export import export as export_encoder
+
+    unknown = [name for name in format if name not in FORMATS]
+    if unknown:
+        raise InputError(f"--format {unknown[0]}: there are {', '.join(FORMATS)}")
+    print(export_encoder(open_uri(model), out, format=cast(list[Format], format)))
 
 
 @app.command()

@@ -1,14 +1,16 @@
 """The whole idea on real data in a few minutes, with nothing to download: built-in characters, a built-in small model.
 
-`vicinal:nano` has learnt other characters in other typefaces, three times as large. Here it meets small print: characters
-that it has never seen, in 16 pixels. It is adapted on half of them in one family of typefaces, and measured on the other
-half in another family: characters and typefaces that neither the model nor its adaptation has seen.
+`vicinal:nano` has learnt other characters in other typefaces, three times as large. Here it meets small print:
+characters that it has never seen, in 16 pixels. It is adapted on half of them in one family of typefaces, and measured
+on the other half in another family: characters and typefaces that neither the model nor its adaptation has seen.
 """
 
 from __future__ import annotations
 
 import webbrowser
 from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vicinal.data.check import check
 from vicinal.recipe import Recipe
@@ -52,7 +54,12 @@ def demo(out: str | Path = "demo", *, show: bool = True, say: Say = print) -> Pa
     """
     recipe = Recipe.parse(RECIPE, name="demo")
     say("small print of DejaVu, the typefaces that matplotlib ships: a class is a character, an image one face of it")
-    say(str(check(bring(recipe.data), near=False)))
+    glyphs = bring(recipe.data)
+    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task("checking", total=len(glyphs))
+        findings = check(glyphs, near=False, progress=lambda n, total: bar.update(task, completed=n, total=total))
+    say(str(findings))
     begun = (Path(out).expanduser() / "checkpoints").exists()
     page = (run(recipe, out, resume="last" if begun else None, say=say) / "report.html").resolve()
     say(f"\nThe page: {page}\n\nWith your own images:")

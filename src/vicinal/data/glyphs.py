@@ -46,6 +46,7 @@ import PIL
 import simplejpeg
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
+from rich.progress import track
 
 from vicinal.data.glyph_captions import SCRIPTS, captions_of, script_of
 from vicinal.data.manifest import Manifest
@@ -178,8 +179,14 @@ def load_glyphs(
                     _save(_picture(font, character, size, variation, rng), folder / image)
                     yield {"image": image, **row}
 
+    def pictures() -> int:
+        chosen = _chosen(characters, portion)
+        faces = [_atlas().alike[pair] for pair in _faces(families)]
+        return images_per_face * sum(c in alike for alike in faces for c in chosen)
+
     settings = {"kind": "glyphs", "size": size, "images_per_face": images_per_face}
-    return _cached(cache, draw, settings | _asked(families, test_families, characters, portion, variation, seed))
+    asked = _asked(families, test_families, characters, portion, variation, seed)
+    return _cached(cache, draw, settings | asked, pictures)
 
 
 def glyph_scenes(
@@ -661,7 +668,10 @@ def _asked(
 
 
 def _cached(
-    cache: str | Path | None, draw: Callable[[Path], Iterator[dict[str, Any]]], settings: Mapping[str, Any]
+    cache: str | Path | None,
+    draw: Callable[[Path], Iterator[dict[str, Any]]],
+    settings: Mapping[str, Any],
+    rows_to_draw: Callable[[], int] | None = None,
 ) -> Manifest:
     """The manifest of these settings: read from its folder, or drawn into one that appears only when it is whole."""
     home = Path(cache or os.environ.get("VICINAL_CACHE") or "~/.cache/vicinal").expanduser() / "glyphs"
@@ -677,7 +687,8 @@ def _cached(
         _sweep(home)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=home))
         try:
-            rows = list(draw(part))
+            total = None if rows_to_draw is None else rows_to_draw()
+            rows = list(track(draw(part), "drawing glyphs, once", total=total, transient=True))
             table = {name: [row[name] for row in rows] for name in rows[0]}
             Manifest.build(table, part, name="the glyphs").save(part / "manifest.parquet")
             part.rename(folder)
