@@ -1,4 +1,4 @@
-"""Readers and writers: from a folder, a table, a COCO file or a Hub data set as it is to a Manifest, and back.
+"""Readers and writers: from a folder, a table, COCO, VOC or a Hub data set as it is to a Manifest, and back.
 
 Letters: N rows, C classes.
 
@@ -28,9 +28,20 @@ from vicinal.data.hub import read_hub
 from vicinal.data.manifest import FEW, IMAGE_ENDINGS, SPLIT_WORDS, Manifest, split_word
 from vicinal.data.splits import class_disjoint, official
 from vicinal.data.tables import read_table, write_table
+from vicinal.data.voc import read_voc, write_voc
 from vicinal.types import InputError
 
-__all__ = ["prepare", "read_coco", "read_folder", "read_hub", "read_table", "write_coco", "write_table"]
+__all__ = [
+    "prepare",
+    "read_coco",
+    "read_folder",
+    "read_hub",
+    "read_table",
+    "read_voc",
+    "write_coco",
+    "write_table",
+    "write_voc",
+]
 
 Source = str | Path
 
