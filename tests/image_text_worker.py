@@ -56,7 +56,6 @@ def main(out: Path, loss: str) -> None:
             parameter += 0.3 * torch.randn_like(parameter)
     model: nn.Module = objective
     if processes > 1:
-        torch.distributed.init_process_group("gloo")
         model = DistributedDataParallel(objective)
     images = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     own = slice(8 * rank // processes, 8 * (rank + 1) // processes)
@@ -66,11 +65,13 @@ def main(out: Path, loss: str) -> None:
     gradients = {name: p.grad for name, p in objective.named_parameters() if p.requires_grad}
     values = {name: value.detach() for name, value in parts.items() if name != "embeddings"}
     torch.save({"gradients": gradients, "values": values}, out / f"rank{rank}.pt")
-    if processes > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    if several := "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")  # once: a second store on the port would race with the first
     for name in sys.argv[2:]:
         (Path(sys.argv[1]) / name).mkdir(exist_ok=True)
         main(Path(sys.argv[1]) / name, name)
+    if several:
+        torch.distributed.destroy_process_group()

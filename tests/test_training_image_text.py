@@ -197,9 +197,14 @@ def started(out: Path, losses: list[str], processes: int) -> None:
             environment |= {name: str(value) for name, value in place.items()}
         command = [sys.executable, str(WORKER), str(out), *losses]
         running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
-    for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors.decode()
+    finally:
+        for process in running:  # one that waits for another which failed would wait for ever
+            process.kill()
+            process.communicate()
 
 
 @pytest.mark.slow
