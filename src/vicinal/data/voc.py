@@ -64,7 +64,7 @@ def base_brand(name: str) -> str:
 def read_voc(
     root: Source | Mapping[str, Source],
     *,
-    min_side: float = 16.0,
+    min_side: float | int = 16,
     one_based: bool = False,
     on_error: Literal["raise", "skip"] = "raise",
 ) -> Manifest:
@@ -176,7 +176,7 @@ def _parts(root: Path) -> dict[str, str]:
     return found
 
 
-def _read_one(root: Path, file: str, min_side: float, one_based: bool) -> _Picture | str:
+def _read_one(root: Path, file: str, min_side: float | int, one_based: bool) -> _Picture | str:
     """One XML file with its picture; a string says what is wrong with it."""
     data = (root / file).read_bytes()
     try:
