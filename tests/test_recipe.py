@@ -58,6 +58,12 @@ def test_every_mistake_is_told_at_once() -> None:
     assert all(word in str(error.value) for word in ("stepz", "lrr", "data: is required", "model: is required"))
 
 
+def test_an_override_of_a_list_that_the_file_leaves_to_its_default(tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path, LEAST), ["adapt.0.lora.rank=4"])
+    assert [a.chosen[0] for a in recipe.adapt] == ["lora"]
+    assert recipe.adapt[0].chosen[1].rank == 4
+
+
 def test_an_override_replaces_the_alternative(tmp_path: Path) -> None:
     path = write(tmp_path, LEAST | {"loss": {"arcface": {"margin": 0.4}}, "adapt": [{"lora": {"rank": 4}}]})
     overrides = [

@@ -408,7 +408,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             if last:
                 here[name] = value
             elif here.get(name) is None:
-                here[name] = {}
+                here[name] = [] if path[depth + 1].isdigit() else {}
             here = here[name]
         elif isinstance(here, list):
             here = _list_item(here, name, key, value if last else None)
