@@ -343,6 +343,25 @@ def test_more_blocks_than_there_are_is_refused(original: Encoder):
         make(original, prompts=VisualPrompt(depth=7))
 
 
+def test_settings_out_of_range_are_refused(original: Encoder):
+    with pytest.raises(ValueError, match="keep"):
+        EMAAccumulator(keep=1.0)
+    with pytest.raises(ValueError, match="dropout"):
+        GRUAccumulator(DIM, dropout=1.0)
+    with pytest.raises(ValueError, match="share"):
+        SemanticProxies(original, CLASSES, VisualPrompt(), share=1.1)
+
+
+def test_the_encoder_is_whole_without_its_proxies(original: Encoder, tmp_path: Path):
+    objective, batch = make(original), batch_at(2)
+    optimizer = optimise(objective)
+    objective.train()(batch)["loss"].backward()
+    optimizer.step()
+    saved = load_encoder(str(objective.eval().encoder.save(tmp_path / "model")))
+    with torch.no_grad():
+        torch.testing.assert_close(saved.eval().encode_image(batch["image"]), objective.embed(batch)[:, 0])
+
+
 def test_every_part_gets_a_gradient_and_absent_classes_only_their_learnt_proxy(original: Encoder):
     objective = make(original).train()
     batch = batch_at(0)
