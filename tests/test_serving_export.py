@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import CommitOperationAdd
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,7 +21,7 @@ from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.serving import export as exports
 from vicinal.serving import parity
-from vicinal.serving.export import MARK, export
+from vicinal.serving.export import MARK, export, push_to_hub
 from vicinal.serving.layouts import clip_to_open_clip
 from vicinal.types import InputError
 
@@ -28,7 +31,13 @@ TEXTS = ["a bird", "small Greek letter alpha", "two red shoes on a white table "
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check in this process: the fresh one costs seconds of imports. `test_fresh_process` is the real one."""
-    monkeypatch.setattr(exports, "_in_fresh_process", parity.main)
+
+    def in_this_process(name: str, folder: Path, work: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what libraries say of each other does not reach us from a fresh process
+            parity.main(name, folder, work)
+
+    monkeypatch.setattr(exports, "_in_fresh_process", in_this_process)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +81,21 @@ def test_nano_is_loaded_by_both_libraries_from_one_folder(nano: Encoder, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["open_clip", "transformers"])
-def test_fresh_process(kind: exports.Format, nano: Encoder, tmp_path: Path) -> None:
-    folder = export(nano, tmp_path / kind, format=kind)
-    assert json.loads((folder / MARK).read_text())["differences"][kind]["images"] < 1e-6
+@pytest.mark.parametrize("kind", list(parity.FORMATS))
+def test_fresh_process(kind: str, nano: Encoder, tmp_path: Path) -> None:
+    for module in exports.FORMATS[kind].needs:
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    adapted = adapt(nano, LoRA(rank=2))
+    tiny_encoders.disturb(trainable(adapted), scale=0.1)
+    folder = export(adapted, tmp_path / kind, format=kind)
+    found = json.loads((folder / MARK).read_text())["differences"][kind]
+    assert max(value for key, value in found.items() if key != "pictures") < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == [kind]
+
+
+def test_a_table_for_writing_and_one_for_loading() -> None:
+    assert list(exports.FORMATS) == list(parity.FORMATS)
+    assert len(exports.FORMATS) == 5
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu", "gelu_pytorch_tanh"])
@@ -208,8 +228,8 @@ def test_share_of_a_crop_goes_along(nano: Encoder, tmp_path: Path, here: None) -
         export(cut, tmp_path / "other", format="open_clip")
 
 
-def _broken(folder: Path, images: Tensor, pictures: list[Image.Image], texts: list[str]) -> dict[str, Tensor]:
-    found = parity.open_clip(folder, images, pictures, texts)
+def _broken(folder: Path, given: parity.Given) -> dict[str, Tensor]:
+    found = parity.open_clip(folder, given)
     return {**found, "texts": found["texts"] + 0.05}
 
 
@@ -258,10 +278,158 @@ def test_what_cannot_be_held_is_refused(case: str, nano: Encoder, tmp_path: Path
 
 def test_bad_formats_and_pictures(nano: Encoder, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="did you mean open_clip"):
-        export(nano, tmp_path / "out", format="openclip")  # type: ignore[arg-type]
+        export(nano, tmp_path / "out", format="openclip")
     with pytest.raises(InputError, match="at least one"):
         export(nano, tmp_path / "out", format="open_clip", pictures=[])
     (tmp_path / "x.png").write_text("no picture")
     with pytest.raises(InputError, match=r"x\.png cannot be read"):
         export(nano, tmp_path / "out", format="open_clip", pictures=[tmp_path / "x.png"])
     assert not (tmp_path / "out").exists()
+
+
+def test_sentence_transformers(nano: Encoder, siglip: Encoder, tmp_path: Path, here: None) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    folder = export(nano, tmp_path / "clip", format="sentence_transformers")
+    model = library.SentenceTransformer(str(folder), device="cpu")
+    picture = Image.new("RGB", (48, 48), (200, 30, 30))
+    assert model.encode([picture]).shape == (1, 96)
+    with torch.no_grad():
+        assert torch.allclose(
+            model.encode(["a bird"], convert_to_tensor=True)[0], nano.encode_text(["a bird"])[0], atol=1e-5, rtol=1e-5
+        )
+    folder = export(siglip, tmp_path / "siglip", format="sentence_transformers")  # its texts need their padding
+    model = library.SentenceTransformer(str(folder), device="cpu")
+    with torch.no_grad():
+        ours = siglip.encode_text(["a bird", "Two birds, here"])
+    assert torch.allclose(
+        model.encode(["a bird", "Two birds, here"], convert_to_tensor=True), ours, atol=1e-5, rtol=1e-5
+    )
+
+
+def _runs_onnx() -> None:
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+
+
+def test_onnx_holds_both_towers_for_any_number(nano: Encoder, tmp_path: Path, here: None) -> None:
+    _runs_onnx()
+    from onnxruntime import InferenceSession
+
+    folder = export(nano, tmp_path / "out", format="onnx", tolerance=1e-5)
+    x = images(nano, 5)
+    for file, inputs, ours in (
+        ("image.onnx", x, nano.encode_image(x)),
+        ("text.onnx", nano.tokenize(TEXTS), nano.encode_text(TEXTS)),
+    ):
+        session = InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+        (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+        assert torch.allclose(torch.from_numpy(found), ours.detach(), atol=1e-5, rtol=1e-4)
+    said = json.loads((folder / "onnx.json").read_text())
+    assert (said["image"]["size"], said["embedding_dim"]) == ([48, 48], 96)
+    assert said["text"]["context_length"] == 32
+    assert said["logit_scale"] == pytest.approx(nano.logit_scale)
+
+
+ADDED = {
+    "head": lambda nano, folder: adapt(nano, LinearHead(dim=8)),
+    "prompts": lambda nano, folder: adapt(nano, VisualPrompt(tokens=2), LoRA(rank=2)),
+    "open_clip": lambda nano, folder: adapt(tiny_encoders.open_clip(folder), LoRA(rank=2)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ADDED)
+def test_onnx_holds_what_others_cannot(case: str, nano: Encoder, tmp_path: Path, here: None) -> None:
+    _runs_onnx()
+    encoder = ADDED[case](nano, tmp_path / "base")
+    tiny_encoders.disturb(trainable(encoder), scale=0.1)
+    folder = export(encoder, tmp_path / "out", format="onnx", tolerance=1e-5)
+    assert (folder / "text.onnx").exists() == (case != "head")
+
+
+def test_adapter_alone(nano: Encoder, tmp_path: Path, here: None) -> None:
+    adapted = adapt(nano, LoRA(rank=2, targets=("q", "v"), tower="both"))
+    tiny_encoders.disturb(trainable(adapted), scale=0.2)
+    adapted.source = "transformers:some/base"
+    folder = export(adapted, tmp_path / "out", format="adapter", merged=False, tolerance=1e-6)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+    found = json.loads((folder / MARK).read_text())["differences"]["adapter"]
+    assert set(found) == {"images", "texts"}
+    card = (folder / "README.md").read_text()
+    assert "base_model: some/base\n" in card
+    assert "library_name: peft\n" in card
+    assert adapted.adapters  # the encoder itself is as it was
+    with pytest.raises(InputError, match=r"no adapter.*exported as transformers or open_clip"):
+        export(nano, tmp_path / "none", format="adapter")
+
+
+def test_merged_or_not(nano: Encoder, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="format='adapter'"):
+        export(nano, tmp_path / "out", format="transformers", merged=False)
+    with pytest.raises(InputError, match="never merged"):
+        export(nano, tmp_path / "out", format="adapter", merged=True)
+    with pytest.raises(InputError, match="a folder of its own"):
+        export(nano, tmp_path / "out", format=("transformers", "adapter"))
+
+
+def test_a_missing_library_is_named(nano: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exports.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"needs sentence_transformers: pip install 'vicinal\[sentence-transformers\]'"
+    ):
+        export(nano, tmp_path / "out", format="sentence_transformers")
+
+
+def test_card(nano: Encoder, tmp_path: Path, here: None) -> None:
+    said = {
+        "data": "ten thousand | glyphs",
+        "results": {"after": {"unseen": {"recall@1": {"value": 0.5, "low": 0.4, "high": 0.625, "n": 40}}}},
+        "threshold": {"score": 0.81234567, "false accepts": "1 in 100"},
+    }
+    licensed = adapt(nano, LoRA(rank=2))
+    licensed.licence = "mit"
+    card = (export(licensed, tmp_path / "marks", format="open_clip", card=said) / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert head["license"] == "mit"
+    assert head["tags"] == ["vicinal", "open_clip"]
+    assert "# marks\n" in card
+    assert "adapted by LoRA" in card
+    assert "| after · unseen · recall@1 | 0.500 [0.400, 0.625], n = 40 |" in card
+    assert "| score | 0.8123 |" in card
+    assert "| open_clip | images |" in card
+    assert load_encoder(f"open_clip:local-dir:{tmp_path / 'marks'}").licence == "mit"
+
+
+def test_push_to_hub(nano: Encoder, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    sent: dict[str, bytes] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            assert token == "t"
+
+        def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+            return f"hub/{repo_id}"
+
+        def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], commit_message: str) -> None:
+            for operation in operations:
+                with operation.as_file() as file:
+                    sent[operation.path_in_repo] = file.read()
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    folder = export(nano, tmp_path / "out", format="open_clip")
+    assert push_to_hub(folder, "me/marks", token="t") == "hub/me/marks"
+    assert set(sent) == {file.name for file in folder.iterdir()}
+    assert json.loads(sent["open_clip_config.json"])["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/marks"
+    with pytest.raises(InputError, match="not an export"):
+        push_to_hub(tmp_path, "me/marks")
+
+
+def test_image_models_of_transformers(tmp_path: Path, here: None) -> None:
+    encoder = tiny_encoders.dinov2(tmp_path / "base")
+    folder = export(encoder, tmp_path / "out", format="transformers")
+    again = load_encoder(f"transformers:{folder}")
+    x = images(encoder)
+    assert torch.equal(encoder.encode_image(x), again.encode_image(x))
+    assert again.preprocess == encoder.preprocess

@@ -1,0 +1,127 @@
+"""The model card of an export: README.md, with what the Hub reads at its head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from vicinal.models.encoder import Encoder
+
+__all__ = ["base_model", "model_card"]
+
+_LIBRARIES = {
+    "transformers": "transformers",
+    "open_clip": "open_clip",
+    "sentence_transformers": "sentence-transformers",
+    "onnx": "onnx",
+    "adapter": "peft",
+}
+"""Format -> what the Hub calls its library."""
+
+_USE = {
+    "transformers": """from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER")""",
+    "open_clip": """import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:FOLDER")
+tokenizer = open_clip.get_tokenizer("local-dir:FOLDER")""",
+    "sentence_transformers": """from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER")
+vectors = model.encode([picture]), model.encode(["a text"])""",
+    "onnx": """from onnxruntime import InferenceSession
+
+session = InferenceSession("FOLDER/image.onnx")         # what it expects to see: onnx.json
+vectors = session.run(None, {"images": images})[0]""",
+    "adapter": """from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "FOLDER")      # on the base model named above""",
+}
+"""Format -> how it is loaded."""
+
+
+def base_model(source: str) -> str | None:
+    """The name at the Hub of what a model was made from, where its uri has one.
+
+    >>> base_model("transformers:openai/clip-vit-base-patch32"), base_model("vicinal:nano")
+    ('openai/clip-vit-base-patch32', None)
+    """
+    if found := re.fullmatch(r"(?:transformers:|open_clip:hf-hub:)([\w.-]+/[\w.-]+)", source):
+        return found.group(1)
+    found = re.fullmatch(r"timm:(\w+\.\w+)", source)
+    return f"timm/{found.group(1)}" if found else None
+
+
+def model_card(
+    name: str, encoder: Encoder, differences: Mapping[str, Mapping[str, float]], card: Mapping[str, Any]
+) -> str:
+    """The text of README.md.
+
+    Args:
+        name: of the model.
+        encoder: what was exported.
+        differences: format -> what was encoded -> largest difference found.
+        card: headings -> text, or mappings (of mappings) of numbers and texts, which become a table.
+    """
+    import yaml
+
+    base, reads = base_model(encoder.source), encoder.tokenizer is not None
+    libraries = [_LIBRARIES[kind] for kind in differences]
+    head: dict[str, Any] = {"license": encoder.licence} if encoder.licence else {}
+    head |= {"base_model": base} if base else {}
+    head |= {"library_name": libraries[0], "tags": ["vicinal", *libraries]}
+    head["pipeline_tag"] = "zero-shot-image-classification" if reads else "image-feature-extraction"
+    kinds = ", ".join(type(method).__name__ for method in encoder.adapters)
+    height, width = encoder.preprocess.size
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"- made from: `{encoder.source}`" + (f", adapted by {kinds}" if kinds else ""),
+        f"- licence of the base model: {encoder.licence or 'unknown here; see its own card before use'}",
+        f"- embeddings: {encoder.embedding_dim} numbers, not scaled to length 1; images: {height} x {width} pixels",
+        f"- exported by vicinal {version('vicinal')}",
+    ]
+    for heading, content in card.items():
+        lines += ["", f"## {heading.replace('_', ' ').capitalize()}", "", *_section(content)]
+    lines += ["", "## Use"]
+    for kind in differences:
+        lines += ["", "```python", _USE[kind].replace("FOLDER", name), "```"]
+    lines += [
+        "",
+        "## Checked",
+        "",
+        "Largest difference from the model as trained, relative to the vectors' length:",
+        "",
+    ]
+    lines += ["| loaded by | what | difference |", "|---|---|---|"]
+    for kind, found in differences.items():
+        lines += [f"| {_LIBRARIES[kind]} | {what} | {value:.1e} |" for what, value in found.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _section(content: Any) -> list[str]:  # noqa: ANN401  # whatever results.json holds
+    if not isinstance(content, Mapping):
+        return [str(content)]
+    rows = list(_rows(content, ()))
+    return ["| | value |", "|---|---|", *(f"| {' · '.join(path)} | {value} |" for path, value in rows)]
+
+
+def _rows(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """One row a number; an estimate is one number with its interval."""
+    for key, value in content.items():
+        here = (*path, str(key))
+        if isinstance(value, Mapping) and {"value", "low", "high"} <= set(value):
+            n = f", n = {value['n']}" if "n" in value else ""
+            yield here, f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{n}"
+        elif isinstance(value, Mapping):
+            yield from _rows(value, here)
+        else:
+            yield here, f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
