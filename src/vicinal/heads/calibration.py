@@ -93,11 +93,11 @@ class Curve:
         return np.asarray(_midway(self.thresholds)[place])
 
     def at_rate(self, rate: float) -> Float[np.ndarray, "*R"]:
-        """The smallest score that as threshold keeps FAR <= `rate`; above every score where none does."""
+        """The smallest score that as threshold keeps FAR <= `rate`; above all if none does; NaN without impostors."""
         allowed = rate * self.strangers + 1e-9 * np.maximum(self.strangers, 1.0)  # 0.29 x 100 is not quite 29
         place = (self.impostors <= allowed[..., None]).sum(-1)
         steps = np.concatenate([_above(self.thresholds[:1]), self.thresholds])
-        return np.asarray(steps[place])
+        return np.where(self.strangers > 0, steps[place], np.nan)
 
     def equal_error(self) -> Float[np.ndarray, "*R"]:
         """EER; NaN without impostors, or without anything enrolled."""
@@ -292,7 +292,7 @@ class OpenSetThreshold(_Bound):
         if self.rate is None:
             self.threshold_ = float(found.best_f1())
         else:
-            per_pair = _per_pair(self.rate, self.gallery or 1)
+            per_pair = self.pair_rate
             if found.strangers * per_pair < 1 - 1e-9:
                 raise InputError(
                     f"a false-accept rate of {per_pair:.3g} a score is not measurable on {int(found.strangers)} "
@@ -322,6 +322,17 @@ class OpenSetThreshold(_Bound):
         self.metrics_: dict[str, Estimate] = {}
         self._bind(fingerprint, settings)
         return self
+
+    @property
+    def pair_rate(self) -> float:
+        """The rate that one score may have: 1 - (1 - r)^(1 / N).
+
+        Raises:
+            ValueError: there is no rate; the best F1 was asked for.
+        """
+        if self.rate is None:
+            raise ValueError("a threshold of the best F1 keeps no stated rate")
+        return _per_pair(self.rate, self.gallery or 1)
 
     def predict(self, scores: ArrayLike) -> Bool[np.ndarray, "Q"]:
         """Whether each score is accepted: s >= threshold_.
