@@ -358,7 +358,8 @@ def test_a_saved_folder_needs_nothing_but_itself(
         again = load_encoder(folder)
     finally:
         aside.rename(origin)
-    assert torch.equal(again.encode_image(x), encoder.encode_image(x))
+    # within rounding: attention pooling takes torch's fast path where no weight is marked as trained
+    torch.testing.assert_close(again.encode_image(x), encoder.encode_image(x), rtol=1e-5, atol=2e-6)
     assert again.fingerprint() == encoder.fingerprint()
     for field in (
         *("source", "licence", "embedding_dim", "preprocess", "anatomy", "architecture"),
@@ -592,7 +593,7 @@ def test_another_size_is_resampled_as_its_library_does(
     if model.other_size is not None:
         torch.testing.assert_close(z, model.other_size(x), rtol=1e-5, atol=1e-6)
     again = load_encoder(encoder.save(tmp_path / "saved"))
-    assert torch.equal(again.encode_image(x), z)
+    torch.testing.assert_close(again.encode_image(x), z, rtol=1e-5, atol=2e-6)
     assert again.preprocess == encoder.preprocess
     native = load_encoder(model.uri)
     back = load_encoder(tmp_path / "saved", size=native.preprocess.size)  # a saved one can change its size too
