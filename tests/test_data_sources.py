@@ -20,7 +20,17 @@ from PIL import Image
 
 from vicinal.data.coco import _spans
 from vicinal.data.manifest import Manifest
-from vicinal.data.sources import prepare, read_coco, read_folder, read_hub, read_table, write_coco, write_table
+from vicinal.data.sources import (
+    prepare,
+    read_coco,
+    read_folder,
+    read_hub,
+    read_table,
+    read_voc,
+    write_coco,
+    write_table,
+    write_voc,
+)
 from vicinal.data.splits import class_disjoint
 from vicinal.types import InputError
 
@@ -150,6 +160,7 @@ SOURCES: dict[str, Callable[[Manifest, Path], Manifest]] = {
     "json list": as_json_list,
     "foreign parquet": as_foreign_parquet,
     "coco": written("out.json", read_coco, write_coco),
+    "voc": written("voc", read_voc, write_voc),
     "hub, saved to disk": as_hub_on_disk,
     "hub, paths": as_hub_paths,
     "hub, parquet": as_hub_parquet,
@@ -157,7 +168,7 @@ SOURCES: dict[str, Callable[[Manifest, Path], Manifest]] = {
 
 
 def test_every_source_is_here():
-    assert len(SOURCES) == 21
+    assert len(SOURCES) == 22
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:datasets")
@@ -171,7 +182,7 @@ def test_every_source_reads_the_same_twelve_pictures(name: str, twelve: Path, tr
     assert len(set(m.ids())) == 12
     for row in range(12):
         assert torch.equal(m.image(row), true.image(row))
-    if not name.startswith("hub"):
+    if not name.startswith(("hub", "voc")):  # these hold copies
         assert [m.path(i).resolve() for i in range(12)] == [true.path(i).resolve() for i in range(12)]
     assert m.image(1).shape == (3, 24, 16), "turned upright"
 

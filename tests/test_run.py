@@ -153,6 +153,18 @@ def test_proxy_losses_run_on_hard_classes(photos: Path, tmp_path: Path, loss: st
     run(recipe(data={"folder": str(photos)}, loss={loss: {}}, sampler=sampler), tmp_path / "run", say=lambda _: None)
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_semantic_proxies_run(photos: Path, tmp_path: Path, on_disk: bool) -> None:
+    loss = {"semantic_proxies": {"prompts": {"tokens": 2, "depth": "deep"}, "on_disk": on_disk}}
+    adapters = [{"visual_prompt": {"tokens": 2}}, {"bitfit": {}}]
+    settings = recipe(data={"folder": str(photos)}, loss=loss, adapt=adapters)
+    out = run(settings, tmp_path / "run", say=lambda _: None)
+    assert json.loads((out / "results.json").read_text())["training"]["steps"] == settings.steps
+    too_small = recipe(data={"folder": str(photos)}, loss={"semantic_proxies": {"max_bytes": 10}}, adapt=adapters)
+    with pytest.raises(InputError, match="max_bytes"):
+        run(too_small, tmp_path / "refused", say=lambda _: None)
+
+
 def test_an_unreadable_image_stops_before_training_or_is_skipped(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos")
     broken = next(photos.iterdir()) / "0.png"

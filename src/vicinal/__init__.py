@@ -48,6 +48,7 @@ _HOMES = {
     "read_folder": "data.sources",
     "read_hub": "data.sources",
     "read_table": "data.sources",
+    "read_voc": "data.sources",
     "Recipe": "recipe",
     "report": "evaluation.report",
     "retrieval": "evaluation.protocols",
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from vicinal.data.sources import read_folder as read_folder
     from vicinal.data.sources import read_hub as read_hub
     from vicinal.data.sources import read_table as read_table
+    from vicinal.data.sources import read_voc as read_voc
     from vicinal.embedding import embed as embed
     from vicinal.embedding import embed_classes as embed_classes
     from vicinal.embedding import embed_text as embed_text

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -180,13 +180,9 @@ def export(
 ) -> None:
     """Write a model for other libraries; each export is loaded there and compared before it is kept."""
     from vicinal.run import open_uri
-    from vicinal.serving.export import FORMATS, Format
     from vicinal.serving.export import export as export_encoder
 
-    unknown = [name for name in format if name not in FORMATS]
-    if unknown:
-        raise InputError(f"--format {unknown[0]}: there are {', '.join(FORMATS)}")
-    print(export_encoder(open_uri(model), out, format=cast(list[Format], format)))
+    print(export_encoder(open_uri(model), out, format=format))
 
 
 @app.command()

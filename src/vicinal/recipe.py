@@ -22,7 +22,8 @@ from vicinal.data.glyphs import Portion
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
 from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES
-from vicinal.models.adapters import ADAPTERS
+from vicinal.models.adapters import ADAPTERS, VisualPrompt
+from vicinal.training.semantic_proxies import ACCUMULATORS
 from vicinal.types import InputError
 
 __all__ = ["Data", "Recipe", "Split", "apply_override", "json_schema", "starter"]
@@ -97,7 +98,7 @@ class Glyphs(_Strict):
 
 
 class Data(_Strict):
-    """Where the images are: exactly one of `folder`, `table`, `coco`, `hub`, `benchmark`, `glyphs`.
+    """Where the images are: exactly one of `folder`, `table`, `coco`, `voc`, `hub`, `benchmark`, `glyphs`.
 
     `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
     each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
@@ -108,6 +109,7 @@ class Data(_Strict):
     folder: str | TrainValTest | None = None
     table: str | TrainValTest | None = None
     coco: str | TrainValTest | None = None
+    voc: str | TrainValTest | None = None
     hub: str | TrainValTest | None = None
     benchmark: Benchmark | None = None
     glyphs: Glyphs | None = None
@@ -212,11 +214,32 @@ if TYPE_CHECKING:  # built from the tables below, which a type checker does not 
     Loss: TypeAlias = _OneOf
     Adapter: TypeAlias = _OneOf
 else:
-    Loss = _one_of("Loss", PROXY_LOSSES | PAIR_LOSSES | CONTRASTIVE_LOSSES)
+    Accumulator = _one_of("Accumulator", ACCUMULATORS)
+    ClassPrompts = _settings(VisualPrompt, "ClassPrompts")
+
+    class SemanticProxies(_Strict):
+        """Proxies made of images and of prompts of their classes: see `vicinal.training.semantic_proxies`.
+
+        `on_disk` keeps the prompts in a memory-mapped file of the run folder, of which checkpoints keep copies.
+        """
+
+        prompts: ClassPrompts = ClassPrompts(tokens=3)
+        accumulator: Accumulator = Field(default_factory=lambda: Accumulator.model_validate({"gru": {}}))
+        share: Annotated[float, Field(ge=0, le=1)] = 0.5
+        margin: Annotated[float, Field(ge=0, lt=2)] = 0.1
+        alpha: Annotated[float, Field(gt=0)] = 32.0
+        on_disk: bool = False
+        max_bytes: Annotated[int, Field(ge=1)] = 2**31
+
+    Loss = create_model(
+        "Loss",
+        __base__=_one_of("Loss", PROXY_LOSSES | PAIR_LOSSES | CONTRASTIVE_LOSSES),
+        semantic_proxies=(SemanticProxies | None, None),
+    )
     Adapter = _one_of("Adapter", ADAPTERS)
 
 ONE_OF: dict[str, tuple[str, ...]] = {
-    "data": ("folder", "table", "coco", "hub", "benchmark", "glyphs"),
+    "data": ("folder", "table", "coco", "voc", "hub", "benchmark", "glyphs"),
     "split": tuple(Split.model_fields),
     "sampler": tuple(Sampler.model_fields),
     "loss": tuple(Loss.model_fields),
@@ -291,6 +314,8 @@ class Recipe(_Strict):
         kept = [name for name in ("visual_prompt", "bottleneck") if name in (a.chosen[0] for a in self.adapt)]
         if self.wise_ft is not None and kept:
             raise ValueError(f"wise_ft mixes weights that both models have, and {kept[0]} adds new ones; leave one out")
+        if self.retention and self.loss.chosen[0] == "semantic_proxies":
+            raise ValueError("retention: semantic_proxies have none; leave it out")
         if self.memory is not None and self.loss.chosen[0] not in PAIR_LOSSES:
             raise ValueError(f"memory: only a pair loss remembers items ({', '.join(PAIR_LOSSES)}); leave it out")
         if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:

@@ -34,7 +34,7 @@ from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import HardClassSampler, PKSampler, ShuffleSampler
-from vicinal.data.sources import read_coco, read_folder, read_hub, read_table
+from vicinal.data.sources import read_coco, read_folder, read_hub, read_table, read_voc
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
@@ -45,7 +45,7 @@ from vicinal.evaluation.report import Record, report
 from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES, CrossBatchMemory, InfoNCE, SigLIP
 from vicinal.losses.contrastive import fit_scale_and_bias
 from vicinal.losses.margin import start_from_class_means
-from vicinal.models.adapters import adapt, adapters_from_config, check_adapted, merge, parameter_counts
+from vicinal.models.adapters import VisualPrompt, adapt, adapters_from_config, check_adapted, merge, parameter_counts
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
@@ -55,6 +55,7 @@ from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
+from vicinal.training.semantic_proxies import ACCUMULATORS, RowAdam, SemanticProxies
 from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
     sampler = _sampler(train, everything.where(division.train), recipe)
-    objective = _objective(encoder, original, train, everything.where(division.train), sampler, recipe)
+    objective = _objective(encoder, original, train, everything.where(division.train), sampler, recipe, out)
     transform = train_transform(encoder.preprocess, recipe.augment)
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
 
@@ -227,6 +228,8 @@ def bring(data: Data) -> Manifest:
             manifest = read_table(where, columns=data.columns, root=data.root, check_files=all_there)
         case "coco":
             manifest = read_coco(where, images=data.root, check_files=all_there)
+        case "voc":
+            manifest = read_voc(where, on_error=data.on_error)
         case "hub":
             manifest = read_hub(where, columns=data.columns)
         case "glyphs":
@@ -252,6 +255,8 @@ def bring_path(
         InputError: nothing is there, or nothing that is known.
     """
     path = Path(path).expanduser()
+    if path.is_dir() and ((path / "Annotations").is_dir() or next(path.glob("*/*/*.xml"), None)):
+        return "voc", read_voc(path)
     if path.is_dir():
         return "folder", read_folder(path)
     if path.suffix == ".json":
@@ -289,7 +294,11 @@ def measure(
         catalog = embeddings.where(part.catalog) if part.catalog is not None else None
         fallback = embeddings.where(part.fallback) if part.fallback is not None else None
         scores[name] = [
-            retrieval_scores(queries, ks=tuple(recipe.recall_at)),
+            retrieval_scores(
+                queries,
+                embeddings.where(part.gallery) if part.gallery is not None else None,
+                ks=tuple(recipe.recall_at),
+            ),
             prototype_scores(
                 queries, catalog, shots=tuple(recipe.shots), draws=recipe.draws, seed=recipe.seed, fallback=fallback
             ),
@@ -579,8 +588,20 @@ def _objective(
     untuned: Embeddings,
     sampler: ShuffleSampler | PKSampler | HardClassSampler,
     recipe: Recipe,
-) -> LabelObjective | ImageTextObjective:
+    out: Path,
+) -> LabelObjective | ImageTextObjective | SemanticProxies:
     name, settings = recipe.loss.chosen
+    if name == "semantic_proxies":
+        kind, of_it = settings.accumulator.chosen
+        given = of_it.model_dump() | ({"dim": encoder.embedding_dim} if kind == "gru" else {})
+        return SemanticProxies(
+            encoder,
+            len(train.classes),
+            VisualPrompt(**settings.prompts.model_dump()),
+            ACCUMULATORS[kind](**given),
+            folder=out / "class_prompts" if settings.on_disk else None,
+            **settings.model_dump(include={"share", "margin", "alpha", "max_bytes"}),
+        )
     anchor: dict[str, Any] = {"retention": recipe.retention, "reference": original if recipe.retention else None}
     if name in CONTRASTIVE_LOSSES:
         loss = _contrastive(name, settings.model_dump(), original, train, untuned, sampler, recipe)
@@ -638,9 +659,12 @@ def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> ShuffleSam
             return ShuffleSampler(len(train), min(size, len(train)), seed=recipe.seed)
 
 
-def _optimizer(objective: LabelObjective | ImageTextObjective, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(
+    objective: LabelObjective | ImageTextObjective | SemanticProxies, recipe: Recipe
+) -> torch.optim.Optimizer:
     groups = parameter_groups(objective, lr=recipe.lr, loss_lr=recipe.loss_lr, weight_decay=recipe.weight_decay)
-    return build_optimizer(recipe.optimizer, groups)
+    optimizer = build_optimizer(recipe.optimizer, groups)
+    return RowAdam(optimizer, objective.table, lr=recipe.lr) if isinstance(objective, SemanticProxies) else optimizer
 
 
 def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> Metrics:

@@ -33,12 +33,14 @@ class Part:
     queries: Bool[Tensor, "N"]
     catalog: Bool[Tensor, "N"] | None = None
     fallback: Bool[Tensor, "N"] | None = None
+    gallery: Bool[Tensor, "N"] | None = None
 
     def within(self, mask: Bool[Tensor, "N"]) -> Part:
         """The same part in the manifest that `where(mask)` gives."""
         catalog = self.catalog[mask] if self.catalog is not None else None
         fallback = self.fallback[mask] if self.fallback is not None else None
-        return Part(self.queries[mask], catalog, fallback)
+        gallery = self.gallery[mask] if self.gallery is not None else None
+        return Part(self.queries[mask], catalog, fallback, gallery)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Division:
         def cut(mask: Tensor | None) -> Tensor | None:
             return None if mask is None else mask & ~gone
 
-        parts = {name: Part(p.queries, cut(p.catalog), cut(p.fallback)) for name, p in self.parts.items()}
+        parts = {name: Part(p.queries, cut(p.catalog), cut(p.fallback), p.gallery) for name, p in self.parts.items()}
         return Division(self.train & ~gone, self.val & ~gone, parts, (*self.notes, note))
 
     def selects_on_new_classes(self, manifest: Manifest) -> bool:
@@ -72,7 +74,7 @@ class Division:
         """The rows that some part needs."""
         needed = torch.zeros_like(self.train)
         for part in self.parts.values():
-            for mask in (part.queries, part.catalog, part.fallback):
+            for mask in (part.queries, part.catalog, part.fallback, part.gallery):
                 if mask is not None:
                     needed |= mask
         return needed
@@ -115,7 +117,11 @@ def divide(
         case "class_disjoint":
             division = _class_disjoint(manifest, holdout, seed, val, seen)
         case "official":
-            division = _official(manifest, _official_masks(manifest))
+            masks = _official_masks(manifest)
+            if masks["query"].any() or masks["gallery"].any():
+                division = _query_gallery(manifest, masks)
+            else:
+                division = _official(manifest, masks)
         case "grouped":
             division = _official(manifest, _grouped_masks(manifest, column, holdout, val, seed))
         case _:
@@ -176,7 +182,7 @@ def _official_masks(manifest: Manifest) -> dict[str, Tensor]:
             f"the data has the columns {', '.join(manifest.names())}"
         )
     none = torch.zeros(len(manifest), dtype=torch.bool)
-    return {"train": none, "val": none, "test": none} | official(
+    return {"train": none, "val": none, "test": none, "query": none, "gallery": none} | official(
         manifest.column("split"), images=manifest.column("image")
     )
 
@@ -205,6 +211,18 @@ def _official(manifest: Manifest, masks: Mapping[str, Tensor]) -> Division:
         catalog = val & known
         parts["seen"] = Part(test & known, catalog, _where_lacking(train, catalog, labels))
     return Division(train, val, parts)
+
+
+def _query_gallery(manifest: Manifest, masks: Mapping[str, Tensor]) -> Division:
+    """Each query is looked for in the gallery alone; k shots are drawn from the gallery too."""
+    query, gallery = masks["query"], masks["gallery"]
+    if masks["test"].any() or not (query.any() and gallery.any()):
+        raise InputError("split: official takes query and gallery together, and no test beside them")
+    labels = manifest.labels()
+    known = torch.isin(labels[query], labels[masks["train"]]).any()
+    return Division(
+        masks["train"], masks["val"], {"all" if known else "unseen": Part(query, gallery, gallery=gallery)}
+    )
 
 
 def _where_lacking(

@@ -46,6 +46,8 @@ SPLIT_WORDS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
+    "query": ("query",),
+    "gallery": ("gallery",),
 }
 FEW = 5  # how many offenders a message names before it only counts
 
