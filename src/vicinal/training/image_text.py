@@ -28,7 +28,7 @@ from vicinal.losses import Retention
 from vicinal.losses.contrastive import InfoNCE, SigLIP
 from vicinal.losses.cosine import unit
 from vicinal.models.encoder import Encoder
-from vicinal.training.objectives import _of_all_processes
+from vicinal.training.objectives import keep_frozen_statistics, of_all_processes
 from vicinal.types import Batch, InputError
 
 __all__ = ["ImageTextObjective"]
@@ -85,11 +85,7 @@ class ImageTextObjective(nn.Module):
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-                p.requires_grad for p in module.parameters()
-            ):
-                module.eval()
+        keep_frozen_statistics(self)
         return self
 
     def embed(self, batch: Batch) -> Float[Tensor, "B 2 D"]:
@@ -105,7 +101,7 @@ class ImageTextObjective(nn.Module):
             InputError: all captions of the batch are of one id: there is nothing to tell apart.
         """
         ids = self._ids(batch)
-        gathered = _of_all_processes(embeddings)
+        gathered = of_all_processes(embeddings)
         rank, share = _rank(), len(embeddings)
         own = slice(rank * share, (rank + 1) * share)
         criterion = self.criterion(gathered[:, 0], gathered[:, 1], ids=ids, share=own)
@@ -140,7 +136,7 @@ class ImageTextObjective(nn.Module):
         """Of the whole batch: equal for items that equal captions, or equal columns of `kin`, join."""
         columns = [torch.tensor([_number(text) for text in batch["text"]]).to(batch["image"].device)]
         columns += [batch[name] for name in self.kin if name in batch]
-        ids, *others = _of_all_processes(torch.stack(columns, 1)).cpu().T.contiguous()
+        ids, *others = of_all_processes(torch.stack(columns, 1)).cpu().T.contiguous()
         for column in others:
             # Unlabelled: of no kin. Numbers of their own, below all labels.
             column = torch.where(column < 0, -1 - torch.arange(len(column)), column)

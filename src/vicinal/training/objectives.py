@@ -22,7 +22,7 @@ from vicinal.losses import PAIR_LOSSES, CrossBatchMemory, Retention
 from vicinal.models.encoder import Encoder
 from vicinal.types import Batch, InputError
 
-__all__ = ["LabelObjective"]
+__all__ = ["LabelObjective", "keep_frozen_statistics", "of_all_processes"]
 
 
 class LabelObjective(nn.Module):
@@ -69,11 +69,7 @@ class LabelObjective(nn.Module):
         super().train(mode)
         if self.reference is not None:
             self.reference.eval()
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-                p.requires_grad for p in module.parameters()
-            ):
-                module.eval()
+        keep_frozen_statistics(self)
         return self
 
     def embed(self, batch: Batch) -> Float[Tensor, "B D"]:
@@ -87,8 +83,8 @@ class LabelObjective(nn.Module):
             loss = self.criterion(embeddings, batch["label"])
         else:
             # Several processes: a pair loss compares the items of all of them, not each share with itself.
-            groups = _of_all_processes(batch["group"]) if "group" in batch else None
-            loss = self.criterion(_of_all_processes(embeddings), _of_all_processes(batch["label"]), groups=groups)
+            groups = of_all_processes(batch["group"]) if "group" in batch else None
+            loss = self.criterion(of_all_processes(embeddings), of_all_processes(batch["label"]), groups=groups)
         if self.retention is None or self.reference is None:
             return {"loss": loss}
         with torch.no_grad():
@@ -102,7 +98,16 @@ class LabelObjective(nn.Module):
         return {**self.loss(embeddings, batch), "embeddings": embeddings.detach()}
 
 
-def _of_all_processes(share: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
+def keep_frozen_statistics(objective: nn.Module) -> None:
+    """Batch norms without a trained parameter go on with the statistics that the pretrained weights were made with."""
+    for module in objective.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            p.requires_grad for p in module.parameters()
+        ):
+            module.eval()
+
+
+def of_all_processes(share: Shaped[Tensor, "b ..."]) -> Shaped[Tensor, "B ..."]:
     """The shares of all processes, one after another, with their gradients; with one process, its own.
 
     Each process then has the loss of the whole batch. Its gradient for a share is summed over the processes here, and

@@ -41,6 +41,7 @@ from vicinal.losses.cosine import unit
 from vicinal.losses.proxy import ProxyAnchor, proxy_anchor
 from vicinal.models.encoder import Encoder
 from vicinal.models.methods import VisualPrompt, _check_halves
+from vicinal.training.objectives import keep_frozen_statistics
 from vicinal.types import Batch, InputError
 
 __all__ = ["ACCUMULATORS", "EMAAccumulator", "GRUAccumulator", "PromptTable", "RowAdam", "SemanticProxies"]
@@ -438,11 +439,7 @@ class SemanticProxies(nn.Module):
     def train(self, mode: bool = True) -> SemanticProxies:
         """As usual, but batch norms without a trained parameter keep their statistics."""
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-                p.requires_grad for p in module.parameters()
-            ):
-                module.eval()
+        keep_frozen_statistics(self)
         return self
 
     def embed(self, batch: Batch) -> Float[Tensor, "B 2 D"]:
