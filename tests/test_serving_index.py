@@ -53,15 +53,21 @@ def test_search_is_the_float64_loop(k: int):
 
 @pytest.mark.parametrize("size", [9, 4096, 4097, 9000], ids=str)
 @pytest.mark.parametrize("asked", [1, 300], ids=["one", "many"])
-def test_tiles_and_blocks_change_nothing(size: int, asked: int, monkeypatch: pytest.MonkeyPatch):
-    gallery, queries = made(size, 4), made(asked, 4, seed=2).vectors
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_tiles_blocks_and_rounding_change_nothing(size: int, asked: int, bf16: bool, monkeypatch: pytest.MonkeyPatch):
+    gallery, queries = made(size, 16), made(asked, 16, seed=2).vectors
     monkeypatch.setattr(module, "TILE", (4096, 4096))
+    monkeypatch.setattr(module, "ROUND_FROM", (0, 0))
+    monkeypatch.setattr(module, "_multiplies_bf16", lambda: bf16)
     rows = filled(gallery).neighbours(queries, 5, fingerprint=MODEL)[1]
     exact = queries.double() @ gallery.vectors.double().T
     assert torch.equal(rows, exact.argsort(dim=1, descending=True, stable=True)[:, :5])
 
 
-def test_copies_stand_in_the_order_of_the_index():
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_copies_stand_in_the_order_of_the_index(bf16: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "ROUND_FROM", (0, 0))
+    monkeypatch.setattr(module, "_multiplies_bf16", lambda: bf16)
     vectors = torch.eye(4)[torch.arange(5000) % 4]
     gallery = Embeddings(vectors, torch.zeros(5000, dtype=torch.long), tuple(map(str, range(5000))), ("a",))
     rows = filled(gallery).neighbours(torch.eye(4), 6, fingerprint=MODEL)[1]
