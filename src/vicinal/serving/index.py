@@ -9,7 +9,7 @@ sorted. What was dropped scored at most m, the least of what was kept, so it can
     s_k > m + e,    e = |x - x'| + max |y - y'| + u |m|    where x', y' are rounded, and the products to u of their size
 
 and otherwise (copies of one picture) every item near s_k is scored. So the order is that of float64 products, and yet a
-processor that multiplies bfloat16 may do that: four times as fast, from a copy of half the size, made after some queries.
+processor that multiplies bfloat16 may do that: four times as fast, from a copy of half the size, made after 64 queries.
 
 The file is safetensors, read through the page cache: vectors, labels, and names as bytes with offsets, so that opening
 reads some kilobytes, whatever its size. A change in memory never reaches a file but through `save`.
