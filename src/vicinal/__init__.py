@@ -24,9 +24,11 @@ _HOMES = {
     "Embeddings": "types",
     "Encoder": "models.encoder",
     "Estimate": "types",
+    "export": "serving.export",
     "fit": "training.loop",
     "Full": "models.adapters",
     "ImageTextObjective": "training.image_text",
+    "Index": "serving.index",
     "InfoNCE": "losses",
     "InputError": "types",
     "interpolate": "models.merging",
@@ -38,8 +40,10 @@ _HOMES = {
     "load_glyphs": "data.glyphs",
     "LoRA": "models.adapters",
     "Manifest": "data.manifest",
+    "Matcher": "serving.matching",
     "merge": "models.adapters",
     "NearestPrototype": "heads",
+    "OpenSetThreshold": "heads",
     "paired_difference": "evaluation.intervals",
     "Preprocess": "types",
     "prototypes": "evaluation.protocols",
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from vicinal.evaluation.protocols import retrieval as retrieval
     from vicinal.evaluation.report import report as report
     from vicinal.heads import NearestPrototype as NearestPrototype
+    from vicinal.heads import OpenSetThreshold as OpenSetThreshold
     from vicinal.heads import TipAdapter as TipAdapter
     from vicinal.losses import ArcFace as ArcFace
     from vicinal.losses import CosFace as CosFace
@@ -98,6 +103,9 @@ if TYPE_CHECKING:
     from vicinal.models.encoder import Encoder as Encoder
     from vicinal.models.merging import interpolate as interpolate
     from vicinal.recipe import Recipe as Recipe
+    from vicinal.serving.export import export as export
+    from vicinal.serving.index import Index as Index
+    from vicinal.serving.matching import Matcher as Matcher
     from vicinal.training.image_text import ImageTextObjective as ImageTextObjective
     from vicinal.training.loop import fit as fit
     from vicinal.training.objectives import LabelObjective as LabelObjective

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from vicinal.heads.cache import APE, TipAdapter, TipAdapterF, TipX
+from vicinal.heads.calibration import Curve, OpenSetThreshold, TemperatureScaling, curve
 from vicinal.heads.head import Head
 from vicinal.heads.linear import CLAP, GDA, LinearProbe, ProKeR
 from vicinal.heads.prototypes import NearestPrototype, ZeroShot
@@ -19,11 +20,14 @@ __all__ = [
     "GDA",
     "HEADS",
     "POLICIES",
+    "Curve",
     "Head",
     "LinearProbe",
     "NearestPrototype",
+    "OpenSetThreshold",
     "ProKeR",
     "Selection",
+    "TemperatureScaling",
     "Text",
     "TipAdapter",
     "TipAdapterF",
@@ -31,6 +35,7 @@ __all__ = [
     "Validation",
     "ZeroShot",
     "check_support",
+    "curve",
     "load_head",
     "transferred",
 ]
