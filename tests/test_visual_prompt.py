@@ -374,7 +374,11 @@ def test_a_step_changes_the_prompts_alone(encoder: Encoder) -> None:
     z = adapted(images(encoder))
     (z * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
     optimizer.step()
-    changed = {name for name, tensor in adapted.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {  # bits are compared: CoCa has a weight that is never filled, and may be NaN
+        name
+        for name, tensor in adapted.state_dict().items()
+        if tensor.numpy(force=True).tobytes() != before[name].numpy(force=True).tobytes()
+    }
     assert changed == {f"prompts.tokens.{i}" for i in range(len(blocks_of(encoder)))}
 
 
