@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import warnings
@@ -13,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import CommitOperationAdd
 from PIL import Image
+from tokenizers.normalizers import NFC
 from torch import Tensor, nn
 
 import tiny_encoders
@@ -107,7 +109,7 @@ def test_clip_of_transformers_as_open_clip(act: str, eos: int) -> None:
     tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": act}
     config = CLIPConfig(
         vision_config={**tower, "intermediate_size": 77, "image_size": 32, "patch_size": 16, "layer_norm_eps": 1e-3},
-        text_config={**tower, "intermediate_size": 64, "vocab_size": 1024, "eos_token_id": eos},
+        text_config={**tower, "hidden_size": 56, "intermediate_size": 61, "vocab_size": 1024, "eos_token_id": eos},
         projection_dim=24,
     )
     torch.manual_seed(0)
@@ -117,6 +119,7 @@ def test_clip_of_transformers_as_open_clip(act: str, eos: int) -> None:
     ours = open_clip.CLIP(**json.loads(json.dumps(model_cfg))).eval()
     ours.load_state_dict(state, strict=True)
     tokens = torch.randint(3, 500, (4, 77), generator=torch.Generator().manual_seed(0))
+    tokens[:, 5] = 900  # the highest, where 500 is the end
     tokens[:, 20:] = 500
     tokens[:, 30:] = eos if eos > 2 else 1000
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -179,7 +182,9 @@ def siglip(nano: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Encoder:
     folder = tmp_path_factory.mktemp("siglip")
     seen = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": seen}))
-    nano.tokenizer.inner.save_pretrained(folder)
+    tokenizer = copy.deepcopy(nano.tokenizer.inner)
+    tokenizer.backend_tokenizer.normalizer = NFC()  # upper case is left to open_clip
+    tokenizer.save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = load_encoder(f"open_clip:local-dir:{folder}", random_init=True)
@@ -358,9 +363,18 @@ def test_adapter_alone(nano: Encoder, tmp_path: Path, here: None) -> None:
     card = (folder / "README.md").read_text()
     assert "base_model: some/base\n" in card
     assert "library_name: peft\n" in card
-    assert adapted.adapters  # the encoder itself is as it was
+    assert not any("lora" in name for name, _ in exports._without_updates(adapted).named_modules())
+    assert any("lora" in name for name, _ in adapted.named_modules())  # the encoder itself is as it was
     with pytest.raises(InputError, match=r"no adapter.*exported as transformers or open_clip"):
         export(nano, tmp_path / "none", format="adapter")
+
+
+@pytest.mark.parametrize("family", ["timm", "open_clip"])
+def test_adapter_of_other_families(family: str, tmp_path: Path, here: None) -> None:
+    adapted = adapt(tiny_encoders.FAMILIES[family](tmp_path / "base"), LoRA(rank=2, targets=("mlp",)))
+    tiny_encoders.disturb(trainable(adapted), scale=0.1)
+    folder = export(adapted, tmp_path / "out", format="adapter", tolerance=1e-5)
+    assert (folder / "adapter_model.safetensors").exists()
 
 
 def test_merged_or_not(nano: Encoder, tmp_path: Path) -> None:

@@ -55,7 +55,9 @@ MARK: Final = "vicinal_export.json"
 """In every export: formats, source, fingerprint of the encoder, the differences found. Marks what may be replaced."""
 
 RESAMPLING: Final = 0.1
-"""The limit of d for pictures that each library resizes by itself. Two correct resizes differ by .01 to .03 on nano."""
+"""The limit of d for pictures that each library fits by itself. Resizing differs by a level or two in 255 (d up to .001
+on `vicinal:nano`), and transformers cuts the centre one pixel off ours where the rest is odd (d up to .05 at 32 pixels,
+less at more); what was trained on another mean or crop differs by more."""
 
 TEXTS: Final = (
     "a photo of a bird",
@@ -189,7 +191,7 @@ def _check_formats(formats: Sequence[str], merged: bool | None) -> None:
     for name in formats:
         if name not in FORMATS:
             near = difflib.get_close_matches(name, FORMATS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise InputError(f"there is no format {name!r}{hint} There are {', '.join(FORMATS)}")
         kind = FORMATS[name]
         if merged not in (None, kind.merged):
@@ -254,6 +256,8 @@ def _check_open_clip(plain: Encoder) -> None:
     if plain.family.name == "open_clip":
         if plain.architecture["size"] is not None and hasattr(plain.model.visual, "trunk"):
             raise InputError("open_clip builds a timm tower at its own size only")
+        if "hf_model_name" in plain.architecture["config"]["text_cfg"]:
+            raise InputError("open_clip would look for the layout of its text tower at the Hub")
     elif _model_type(plain) == "clip":
         if plain.preprocess.size[0] != plain.preprocess.size[1]:
             raise InputError("its images are not square, so its positions are resampled at every call")
@@ -435,7 +439,8 @@ def _encode_image(plain: Encoder, images: Tensor) -> Tensor:
     if plain.prompts is None:
         return plain.encode_image(images)
     tokens = plain.patch_tokens(images)
-    return plain.encode_tokens(tokens, plain.prompts(tokens.shape[0], len(plain.anatomy.image.blocks)))
+    of_one = plain.prompts(1, len(plain.anatomy.image.blocks))
+    return plain.encode_tokens(tokens, [P if P is None else P.expand(tokens.shape[0], -1, -1) for P in of_one])
 
 
 class _Call(nn.Module):

@@ -131,7 +131,8 @@ def sentence_transformers(folder: Path, given: Given) -> Vectors:
 
     model = SentenceTransformer(str(folder), device="cpu")
     items: dict[str, Any] = {"pictures": given.pictures, **({"texts": given.texts} if given.texts else {})}
-    return {name: model.encode(list(of), convert_to_tensor=True) for name, of in items.items()}
+    # one by one: beside a long text a short one is padded, which hides whether it has to be
+    return {name: model.encode(list(of), batch_size=1, convert_to_tensor=True) for name, of in items.items()}
 
 
 def onnx(folder: Path, given: Given) -> Vectors:
