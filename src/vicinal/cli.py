@@ -177,12 +177,25 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     format: Annotated[list[str], typer.Option(help="One of transformers, open_clip, … (an error lists all); several.")],
+    tolerance: Annotated[float, typer.Option(help="The largest difference between the vectors of both.")] = 1e-3,
+    push: Annotated[str | None, typer.Option("--push-to-hub", help="ORG/NAME: upload the folder, too.")] = None,
 ) -> None:
     """Write a model for other libraries; each export is loaded there and compared before it is kept."""
     from vicinal.run import open_uri
     from vicinal.serving.export import export as export_encoder
+    from vicinal.serving.export import push_to_hub
 
-    print(export_encoder(open_uri(model), out, format=format))
+    measured = Path(model) / "results.json"  # of a run folder: its model card then says what was measured
+    results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
+    main = ("map@r", "recall@1", "accuracy@1shot", "accuracy@0shot")
+    sides = {
+        side: {part: {m: metrics[m] for m in main if m in metrics} for part, metrics in results[side].items()}
+        for side in ("before", "after", "difference")
+        if side in results
+    }
+    card = {"results": sides} if sides else None
+    folder = export_encoder(open_uri(model), out, format=format, tolerance=tolerance, card=card)
+    print(push_to_hub(folder, push) if push else folder)
 
 
 @app.command()
