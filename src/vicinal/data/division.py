@@ -220,9 +220,7 @@ def _query_gallery(manifest: Manifest, masks: Mapping[str, Tensor]) -> Division:
         raise InputError("split: official takes query and gallery together, and no test beside them")
     labels = manifest.labels()
     known = torch.isin(labels[query], labels[masks["train"]]).any()
-    return Division(
-        masks["train"], masks["val"], {"all" if known else "unseen": Part(query, gallery, gallery=gallery)}
-    )
+    return Division(masks["train"], masks["val"], {"all" if known else "unseen": Part(query, gallery, gallery=gallery)})
 
 
 def _where_lacking(
