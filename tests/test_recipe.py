@@ -40,6 +40,8 @@ def write(tmp_path: Path, content: dict[str, object]) -> Path:
         ({"loss": {"triplet": {}}}, "sampler: {pk:"),
         ({"loss": {"supcon": {}}, "sampler": {"pk": {"images_per_class": 1}}}, "sampler: {pk:"),
         ({"wise_ft": 0.5, "adapt": [{"lora": {}}, {"bottleneck": {}}]}, "bottleneck adds new ones"),
+        ({"loss": {"infonce": {}}, "adapt": [{"linear_head": {"dim": 8}}]}, "leave it out"),
+        ({"templates": ["a photo"]}, "write {} once"),
         ({"memory": 100}, "only a pair loss remembers"),
         ({"steps": "many"}, "steps"),
         ({"wise_ft": "auto", "split": {"class_disjoint": {"val": 0.0}}}, "split.class_disjoint.val"),

@@ -89,7 +89,7 @@ def test_labels_alone_lose_nothing_by_a_text_tower(tmp_path: Path) -> None:
 
 def test_captions_are_asked_for_before_anything_is_computed(tmp_path: Path) -> None:
     settings = recipe(data={"folder": str(write_folder(tmp_path / "photos"))})
-    with pytest.raises(InputError, match=r"loss\.infonce learns from captions.*column text"):
+    with pytest.raises(InputError, match=r"loss\.infonce learns from captions.*column text, or captions"):
         run(settings, tmp_path / "run", say=lambda _: None)
     assert not (tmp_path / "run" / "embeddings").exists()
 
@@ -98,3 +98,21 @@ def test_a_new_head_ends_what_texts_can_say(tmp_path: Path) -> None:
     settings = recipe(loss={"arcface": {}}, adapt=[{"lora": {"rank": 2}}, {"linear_head": {"dim": 16}}])
     out = run(settings, tmp_path / "run", say=lambda _: None)
     assert "accuracy@0shot" not in json.loads((out / "results.json").read_text())["before"]["unseen"]
+
+
+def test_rows_without_a_caption_are_measured_and_not_trained_on(tmp_path: Path) -> None:
+    from vicinal.data.glyphs import load_glyphs
+
+    glyphs = load_glyphs(**GLYPHS)
+    rows = [{"image": str(glyphs.path(i)), "label": glyphs.column("label")[i]} for i in range(len(glyphs))]
+    for i, row in enumerate(rows):
+        row["text"] = "" if i % 4 == 0 else glyphs.column("text")[i]
+    table = tmp_path / "some.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in rows))
+    results = []
+    for loss in ("infonce", "arcface"):
+        out = run(recipe(data={"table": str(table)}, loss={loss: {}}), tmp_path / loss, say=lambda _: None)
+        results.append(json.loads((out / "results.json").read_text())["data"])
+    assert results[0]["parts"] == results[1]["parts"]
+    assert results[0]["train_images"] < results[1]["train_images"]
+    assert any("no caption" in note for note in results[0]["notes"])

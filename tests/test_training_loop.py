@@ -507,7 +507,7 @@ def test_resume_from_a_path_drops_what_came_later(tmp_path: Path):
     expected = train(Tiny(), 9, checkpoint_every=3, keep=3, out=tmp_path)
     first = tmp_path / "checkpoints" / "step-00000003"
     with pytest.raises(ValueError, match="ran out"):
-        train(Tiny(), 9, out=tmp_path, resume=first, batches=lambda start: iter([batch_at(start)]))
+        train(Tiny(), 9, checkpoint_every=3, out=tmp_path, resume=first, batches=lambda start: iter([batch_at(start)]))
     assert [path.name for path in Checkpoints(tmp_path / "checkpoints").all()] == ["step-00000003"]
     result = train(Tiny(), 9, checkpoint_every=3, out=tmp_path, resume=first)
     assert losses(result) == losses(expected)

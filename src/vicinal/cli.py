@@ -25,8 +25,10 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="`key=value`: overrides of the recipe, and `out=FOLDER`.")]
-Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table, or COCO JSON.")]
-Model = Annotated[str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, or a folder.")]
+Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table, COCO JSON, or VOC.")]
+Model = Annotated[
+    str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, `vicinal:nano`, a folder.")
+]
 
 
 Columns = Annotated[list[str] | None, typer.Option("--column", help="`label=brand`: a column by its name there.")]
@@ -208,7 +210,7 @@ def report(run_folder: Annotated[Path, typer.Argument(help="A finished run.")]) 
 
 @app.command()
 def demo(
-    overrides: Overrides = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="`out=FOLDER`, where the run goes.")] = None,
     show: Annotated[bool, typer.Option(help="Open the page in a browser.")] = True,
 ) -> None:
     """Show the whole idea in a few minutes, on built-in data with a built-in model: `vicinal demo out=demo`."""

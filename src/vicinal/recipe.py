@@ -316,6 +316,10 @@ class Recipe(_Strict):
             raise ValueError(f"wise_ft mixes weights that both models have, and {kept[0]} adds new ones; leave one out")
         if self.retention and self.loss.chosen[0] == "semantic_proxies":
             raise ValueError("retention: semantic_proxies have none; leave it out")
+        if self.loss.chosen[0] in CONTRASTIVE_LOSSES and any(a.chosen[0] == "linear_head" for a in self.adapt):
+            raise ValueError(f"loss.{self.loss.chosen[0]}: a linear_head moves images away from texts; leave it out")
+        if wrong := next((template for template in self.templates if template.count("{}") != 1), None):
+            raise ValueError(f"templates: write {{}} once where the class name goes, not as in {wrong!r}")
         if self.memory is not None and self.loss.chosen[0] not in PAIR_LOSSES:
             raise ValueError(f"memory: only a pair loss remembers items ({', '.join(PAIR_LOSSES)}); leave it out")
         if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:

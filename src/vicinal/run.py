@@ -107,8 +107,11 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
 
     manifest = bring(recipe.data)
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
-    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES:
-        manifest = _captioned(manifest, recipe, say)
+    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES and not any(manifest.captions()):
+        raise InputError(
+            f"loss.{recipe.loss.chosen[0]} learns from captions, and the data has none; it needs a table (data.table) "
+            "with a column text, or captions; data.columns: {text: …} says which it is"
+        )
     _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
     original = open_model(recipe)
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
@@ -117,6 +120,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     manifest, skipped = _readable(manifest, everything)
     division = _without_leaks(manifest, _divide(manifest, recipe), everything, recipe)
     say(f"split: {division}")
+    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES:
+        division = _captioned(manifest, division)
     needed = division.measured()
     before = everything.where(needed)
     reads = _reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
@@ -529,17 +534,15 @@ def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> N
         raise InputError(f"{out} holds a run of another recipe, which this one cannot resume; choose another out")
 
 
-def _captioned(manifest: Manifest, recipe: Recipe, say: Say) -> Manifest:
-    """The rows that have a caption, for a loss of images and texts."""
-    has = torch.tensor([bool(captions) for captions in manifest.captions()])
-    if not has.any():
-        raise InputError(
-            f"loss.{recipe.loss.chosen[0]} learns from captions, and the data has none; give the table a column text, "
-            "or say which it is by data.columns: {text: …}"
-        )
-    if not has.all():
-        say(f"data: {int((~has).sum()):,} images have no caption and are left out")
-    return manifest.where(has).compact()
+def _captioned(manifest: Manifest, division: Division) -> Division:
+    """A loss of images and texts is trained on the rows that have a caption; what is measured stays as it is."""
+    without = division.train & ~torch.tensor([bool(captions) for captions in manifest.captions()])
+    if not without.any():
+        return division
+    if torch.equal(without, division.train):
+        raise InputError("no image of the training part has a caption; give the column text to its rows")
+    note = f"{int(without.sum())} images left out of training: they have no caption"
+    return replace(division, train=division.train & ~without, notes=(*division.notes, note))
 
 
 def _without_leaks(manifest: Manifest, division: Division, untuned: Embeddings, recipe: Recipe) -> Division:
@@ -573,7 +576,9 @@ def _without_leaks(manifest: Manifest, division: Division, untuned: Embeddings, 
             gone |= torch.from_numpy(ids == files[part]) & sides[part]
     if not gone.any():
         return division
-    note = f"{int(gone.sum())} images left out of training, selection and shots: the same pixels are asked about"
+    note = (
+        f"{int(gone.sum())} images left out of training, selection, shots, galleries: the same pixels are asked about"
+    )
     return division.without(gone, note)
 
 
@@ -639,7 +644,8 @@ def _contrastive(
     if original.logit_bias is not None:
         return SigLIP(scale=original.logit_scale, bias=original.logit_bias, **settings)
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))[:4096]
-    captions = [train.captions()[i][0] for i in some.tolist()]
+    told = train.captions()
+    captions = [told[i][0] for i in some.tolist()]
     texts = embed_text(original, captions, device=recipe.device, precision=recipe.precision)
     batch = max(map(len, sampler.epoch(0)))
     scale, bias = fit_scale_and_bias(untuned.vectors[some], texts, ids=train.labels()[some], batch=batch)

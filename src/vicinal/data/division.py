@@ -62,7 +62,9 @@ class Division:
         def cut(mask: Tensor | None) -> Tensor | None:
             return None if mask is None else mask & ~gone
 
-        parts = {name: Part(p.queries, cut(p.catalog), cut(p.fallback), p.gallery) for name, p in self.parts.items()}
+        parts = {
+            name: Part(p.queries, cut(p.catalog), cut(p.fallback), cut(p.gallery)) for name, p in self.parts.items()
+        }
         return Division(self.train & ~gone, self.val & ~gone, parts, (*self.notes, note))
 
     def selects_on_new_classes(self, manifest: Manifest) -> bool:

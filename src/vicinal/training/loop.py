@@ -117,7 +117,7 @@ def fit(
         min_delta: how much better counts as improvement.
         ema: decay of a moving average of the trained weights, which is then what is evaluated, kept as best and left in
             the objective; for instance 0.99. None: none.
-        checkpoint_every: in steps; by default at each evaluation, and without one at the end.
+        checkpoint_every: in steps; by default at each evaluation, and without one ten times.
         keep: how many of the newest checkpoints are kept; the best weights are kept besides.
         resume: None begins anew; "last" goes on from the newest checkpoint below `out`, from the start if there is
             none yet; a path goes on from that checkpoint, and drops those of later steps.
@@ -167,7 +167,7 @@ def fit(
     model = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
     scaler: torch.amp.GradScaler | None = accelerator.scaler
     trained = _trained(objective, optimizer)
-    checkpoint_every = checkpoint_every or (steps if evaluate is None else evaluate_every)
+    checkpoint_every = checkpoint_every or (math.ceil(steps / 10) if evaluate is None else evaluate_every)
     bar = ProgressBar(steps, state.step, shown=progress and accelerator.is_main_process)
 
     try:
