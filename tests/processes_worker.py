@@ -68,6 +68,9 @@ def main(out: Path, loss: str, accumulate: int) -> None:
     )
     weights = {name: p.detach() for name, p in objective.named_parameters()}
     torch.save({"weights": weights, "best": result.best_value, "drawn": encoder.drawn}, out / f"rank{rank}.pt")
+    if torch.distributed.is_initialized():  # else a thread of gloo may outlive the interpreter, which aborts
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ import PIL
 import simplejpeg
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
+from rich.console import Console
 from rich.progress import track
 
 from vicinal.data.glyph_captions import SCRIPTS, captions_of, script_of
@@ -688,7 +689,8 @@ def _cached(
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=home))
         try:
             total = None if rows_to_draw is None else rows_to_draw()
-            rows = list(track(draw(part), "drawing glyphs, once", total=total, transient=True))
+            screen = Console(stderr=True)
+            rows = list(track(draw(part), "drawing glyphs, once", total=total, transient=True, console=screen))
             table = {name: [row[name] for row in rows] for name in rows[0]}
             Manifest.build(table, part, name="the glyphs").save(part / "manifest.parquet")
             part.rename(folder)
