@@ -260,13 +260,21 @@ def bring_path(
         InputError: nothing is there, or nothing that is known.
     """
     path = Path(path).expanduser()
-    if path.is_dir() and ((path / "Annotations").is_dir() or next(path.glob("*/*/*.xml"), None)):
+    if path.is_dir() and _holds_voc(path):
         return "voc", read_voc(path)
     if path.is_dir():
         return "folder", read_folder(path)
     if path.suffix == ".json":
         return "coco", read_coco(path, check_files=check_files)
     return "table", read_table(path, columns=columns or {}, check_files=check_files)
+
+
+def _holds_voc(folder: Path) -> bool:
+    """Annotations in the generic layout, or beside the pictures of categories and brands; one stray file is neither."""
+    if (folder / "Annotations").is_dir():
+        return True
+    found = next(folder.glob("*/*/*.xml"), None)
+    return found is not None and b"<annotation" in found.read_bytes()[:1000]
 
 
 def open_uri(model: str, *, size: int | None = None) -> Encoder:
