@@ -22,10 +22,11 @@ from vicinal.losses import (
     SubCenterArcFace,
     SupCon,
     Triplet,
+    WeightedSum,
     start_from_class_means,
 )
 from vicinal.losses import classes as class_sums
-from vicinal.losses.pair import MultiSimilarity
+from vicinal.losses.pair import CrossBatchMemory, MultiSimilarity, mean_similarities
 from vicinal.losses.proxy import ProxyAnchor, ProxyNCA
 
 CLASS_LOSSES: dict[str, Callable[..., nn.Module]] = {
@@ -589,6 +590,7 @@ def test_retention_is_the_mean_cosine_distance():
         lambda: ProxyAnchor(2, 2, alpha=0.0),
         lambda: ProxyNCA(2, 2, temperature=0.0),
         lambda: Retention(weight=-1.0),
+        lambda: WeightedSum([(0.0, NTXent())]),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: Callable[[], nn.Module]):
@@ -599,3 +601,30 @@ def test_settings_out_of_range_are_refused(wrong: Callable[[], nn.Module]):
 def test_an_unknown_mining_is_refused():
     with pytest.raises((ValueError, TypeError), match="mining"):  # a TypeError where types are checked at run time
         Triplet(mining="hard")
+
+
+def test_a_weighted_sum_is_the_sum_of_its_losses_also_with_groups_and_a_memory():
+    vectors, labels, groups = some(0)
+    parts = [(1.0, NTXent(temperature=0.07)), (0.5, Triplet(mining="all")), (2.0, SupCon())]
+    both = WeightedSum(parts)
+    for given in (None, groups):
+        expected = sum(weight * loss(vectors, labels, groups=given) for weight, loss in parts)
+        torch.testing.assert_close(both(vectors, labels, groups=given), expected, rtol=0, atol=1e-9)
+    alone, sums = CrossBatchMemory(parts[0][1], D, size=20), CrossBatchMemory(WeightedSum(parts[:1]), D, size=20)
+    for seed in range(3):
+        x, y, g = some(seed)
+        torch.testing.assert_close(sums(x.float(), y, groups=g), alone(x.float(), y, groups=g))
+    with pytest.raises(ValueError, match="at least"):
+        WeightedSum([])
+
+
+def test_mean_similarities_are_those_of_the_logo_system():
+    rows = [
+        [math.sin(0.37 * i + 1.7 * j + 0.5) + 0.3 * math.cos(0.9 * i * j + 0.5) for j in range(6)] for i in range(12)
+    ]
+    found = mean_similarities(torch.tensor(rows, dtype=torch.float64), torch.arange(12) // 4)
+    assert found["right_mean"].item() == pytest.approx(0.709147184552, abs=1e-9)
+    assert found["wrong_mean"].item() == pytest.approx(-0.127732269508, abs=1e-9)
+    assert found["gap"].item() == pytest.approx(0.836879454061, abs=1e-9)
+    apart = mean_similarities(torch.tensor(rows), torch.arange(12) // 4, groups=torch.zeros(12, dtype=torch.long))
+    assert apart["wrong_mean"].item() == 0.0  # one group: no wrong pair is left

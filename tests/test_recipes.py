@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from pictures import COLOURS, SHAPES, draw, write_folder
 from test_data_benchmarks import flowers as flowers_miniature
 from test_data_benchmarks import shrunk
+from test_data_voc import annotate, paint
+from tiny_encoders import clip_of
+from vicinal.models.backbones import load_encoder
 from vicinal.recipe import Recipe
 from vicinal.run import run
 
@@ -20,6 +25,9 @@ PARTS = {
     "flowers": {"seen", "unseen", "joint"},
     "flowers_all": {"all"},
     "nano": {"seen", "unseen", "joint"},
+    "logos": {"unseen"},
+    "logos_jetson": {"unseen"},
+    "logos_small": {"unseen"},
 }
 flowers = flowers_miniature
 
@@ -69,6 +77,63 @@ def test_flowers(name: str, flowers: Path, tmp_path: Path, monkeypatch: pytest.M
     if name == "flowers":
         assert results["data"]["parts"]["unseen"]["classes"] == 20
         assert results["data"]["train_classes"] == 82 - 8, "a tenth of the seen classes is selected on"
+
+
+@pytest.fixture(scope="module")
+def brands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty brands of two variants in LogoDet-3K's layout, three pictures of each, a box on each."""
+    root = tmp_path_factory.mktemp("logos")
+    for b in range(20):
+        for v in (1, 2):
+            for n in range(3):
+                path = root / "Food" / f"brand{b:02d}-{v}" / f"{n}.jpg"
+                paint(path, seed=100 * b + 10 * v + n)
+                annotate(path.with_suffix(".xml"), (f"brand{b:02d}-{v}", (2, 2, 40 + n, 38)))
+    return root
+
+
+@pytest.mark.parametrize("name", ["logos", "logos_jetson"])
+def test_logos_adapt_q_and_v_of_the_layers_from_12_on(name: str, brands: Path, tmp_path: Path) -> None:
+    """A CLIP of 24 thin layers: the tuned one differs from it where the recipe says, and nowhere else."""
+    original = clip_of(tmp_path / "clip", layers=24)
+    settings = [f"data.voc={brands}", f"model=transformers:{tmp_path / 'clip'}", "steps=3", "evaluate_every=2"]
+    small = ["sampler.pk.classes=4", "workers=0", "device=cpu", "trackers=[]", "draws=2", "cache=null"]
+    out = run(Recipe.load(RECIPES[name], [*settings, *small]), tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["after"]) == PARTS[name]
+    assert results["data"]["train_classes"] == 2 * (20 - 2 - 1), "two variants of each brand that is not held out"
+    trained = 12 * 2 * 16 * (32 + 32)
+    assert results["training"]["trained_parameters"] == trained
+    tuned, before = load_file(out / "model" / "model.safetensors"), original.state_dict()
+    changed = {key for key, value in tuned.items() if not torch.equal(value, before[key])}
+    layers = [f"model.vision_model.encoder.layers.{i}.self_attn.{p}_proj.weight" for i in range(12, 24) for p in "qv"]
+    assert changed == set(layers)
+    history = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    step = next(row for row in history if "loss" in row)
+    assert step["gap"] == pytest.approx(step["right_mean"] - step["wrong_mean"], abs=1e-5)
+    checks = [row["val"] for row in history if "val" in row]
+    assert all(check["gap"] == pytest.approx(check["right_mean"] - check["wrong_mean"], abs=1e-5) for check in checks)
+    assert {"f1", "eer"} <= set(checks[0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "model"),
+    [
+        ("loss.sum.triplet.weight=0.5", "timm:test_vit"),
+        ("loss.supcon.temperature=0.1", "timm:test_vit"),
+        ("loss.triplet.margin=0.2", "vicinal:nano"),
+    ],
+)
+def test_logos_small_with_overrides(loss: str, model: str, brands: Path, tmp_path: Path) -> None:
+    sums = ["loss.sum.ntxent.temperature=0.07"] if "sum" in loss else []
+    small = [f"model={model}", *(["random_init=true"] if "timm" in model else []), "preprocess.size=32", "steps=3"]
+    small += ["sampler.pk.classes=4", "workers=0", "device=cpu", "trackers=[]", "draws=2", "cache=null"]
+    recipe = Recipe.load(RECIPES["logos_small"], [f"data.voc={brands}", loss, *sums, *small])
+    assert recipe.loss.chosen[0] == loss.split(".")[1]
+    out = run(recipe, tmp_path / "run", say=lambda _: None)
+    assert set(json.loads((out / "results.json").read_text())["after"]) == PARTS["logos_small"]
+    assert Recipe.load(out / "recipe.yaml") == recipe
+    assert load_encoder(out / "model").preprocess.crop == "pad"
 
 
 def test_every_recipe_says_what_was_measured_or_that_it_was_not() -> None:

@@ -15,7 +15,7 @@ from vicinal.embedding import embed
 from vicinal.evaluation.intervals import mean
 from vicinal.models.backbones import load_encoder
 from vicinal.recipe import Recipe
-from vicinal.run import bring, evaluate, load_scores, open_uri, remake_report, run
+from vicinal.run import _nested, bring, evaluate, load_scores, open_uri, remake_report, run
 from vicinal.types import InputError
 
 MODEL = "timm:test_vit"
@@ -350,3 +350,11 @@ def test_evaluate_refuses_the_same_picture_under_another_name(photos: Path, tmp_
     sides = [bring(recipe(data={"folder": str(side)}).data) for side in (photos, copied)]
     with pytest.raises(InputError, match="would find themselves"):
         evaluate(encoder, *sides, workers=0)
+
+
+@pytest.mark.parametrize(("groups", "kept"), [("aabb", True), ("abab", False)], ids=["brands", "photographers"])
+def test_groups_are_no_negatives_only_where_they_hold_whole_classes(groups: str, kept: bool) -> None:
+    """Two variants of a brand are alike; the pictures of one photographer are of anything."""
+    labels = ["x-1", "x-2", "y-1", "y-2"] if kept else ["x", "x", "y", "y"]
+    rows = {"image": [f"{i}.png" for i in range(4)], "label": labels, "group": list(groups)}
+    assert _nested(Manifest.build(rows, ".")) is kept

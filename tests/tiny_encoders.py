@@ -79,6 +79,18 @@ def transformers(folder: Path) -> Encoder:
     return _of_transformers(config, folder)
 
 
+def clip_of(folder: Path, *, layers: int) -> Encoder:
+    """A CLIP of so many thin image layers, saved into `folder` with its weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    thin = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = {**thin, "num_hidden_layers": layers, "image_size": SIZE, "patch_size": 16}
+    text = {**thin, "num_hidden_layers": 1, "vocab_size": 49408, "max_position_embeddings": 12}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=24)).save_pretrained(folder)
+    return load_encoder(f"transformers:{folder}")
+
+
 def dinov2(folder: Path) -> Encoder:
     """DINOv2 of transformers: 3 blocks, an image tower alone."""
     from transformers import Dinov2Config

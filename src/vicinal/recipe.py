@@ -231,9 +231,29 @@ else:
         on_disk: bool = False
         max_bytes: Annotated[int, Field(ge=1)] = 2**31
 
+    def _weighted(part: type, name: str) -> type[BaseModel]:
+        return create_model(name, __base__=_settings(part, name), weight=(Annotated[float, Field(gt=0)], 1.0))
+
+    class _SomeOf(_Strict):
+        @model_validator(mode="after")
+        def _at_least_one(self) -> _SomeOf:
+            if not self.parts():
+                raise ValueError(f"give some of {', '.join(type(self).model_fields)}, each with its weight")
+            return self
+
+        def parts(self) -> dict[str, BaseModel]:
+            return {n: part for n in type(self).model_fields if (part := getattr(self, n)) is not None}
+
+    Sum = create_model(
+        "Sum",
+        __base__=_SomeOf,
+        __doc__="Pair losses added up, each times its `weight`: see `vicinal.losses.WeightedSum`.",
+        **{n: (_weighted(part, f"Weighted{part.__name__}") | None, None) for n, part in PAIR_LOSSES.items()},
+    )
     Loss = create_model(
         "Loss",
         __base__=_one_of("Loss", PROXY_LOSSES | PAIR_LOSSES | CONTRASTIVE_LOSSES),
+        sum=(Sum | None, None),
         semantic_proxies=(SemanticProxies | None, None),
     )
     Adapter = _one_of("Adapter", ADAPTERS)
@@ -282,7 +302,7 @@ class Recipe(_Strict):
     wise_ft: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
-    evaluate_every: Annotated[int, Field(ge=1)] | None = None
+    evaluate_every: Annotated[int, Field(ge=1)] | Literal["epoch"] | None = None
     monitor: str = "map@r"
     patience: Annotated[int, Field(ge=1)] | None = None
     min_delta: Annotated[float, Field(ge=0)] = 0.0
@@ -306,7 +326,8 @@ class Recipe(_Strict):
         if self.augment not in AUGMENT:
             raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
         several = self.sampler.pk or self.sampler.hard_class
-        if self.loss.chosen[0] in PAIR_LOSSES and (several is None or several.images_per_class < 2):
+        pairs = (*PAIR_LOSSES, "sum")
+        if self.loss.chosen[0] in pairs and (several is None or several.images_per_class < 2):
             raise ValueError(
                 f"loss.{self.loss.chosen[0]} compares images of one class in a batch, so it needs "
                 "sampler: {pk: {classes: 16, images_per_class: 4}}"
@@ -320,8 +341,8 @@ class Recipe(_Strict):
             raise ValueError(f"loss.{self.loss.chosen[0]}: a linear_head moves images away from texts; leave it out")
         if wrong := next((template for template in self.templates if template.count("{}") != 1), None):
             raise ValueError(f"templates: write {{}} once where the class name goes, not as in {wrong!r}")
-        if self.memory is not None and self.loss.chosen[0] not in PAIR_LOSSES:
-            raise ValueError(f"memory: only a pair loss remembers items ({', '.join(PAIR_LOSSES)}); leave it out")
+        if self.memory is not None and self.loss.chosen[0] not in pairs:
+            raise ValueError(f"memory: only a pair loss remembers items ({', '.join(pairs)}); leave it out")
         if self.wise_ft == "auto" and self.split.class_disjoint and not self.split.class_disjoint.val:
             raise ValueError("wise_ft: auto chooses on validation classes; set split.class_disjoint.val above 0")
         return self

@@ -42,9 +42,19 @@ from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.metrics import class_neighbours, topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
-from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES, CrossBatchMemory, InfoNCE, SigLIP
+from vicinal.evaluation.verification import similarities, verification
+from vicinal.losses import (
+    CONTRASTIVE_LOSSES,
+    PAIR_LOSSES,
+    PROXY_LOSSES,
+    CrossBatchMemory,
+    InfoNCE,
+    SigLIP,
+    WeightedSum,
+)
 from vicinal.losses.contrastive import fit_scale_and_bias
 from vicinal.losses.margin import start_from_class_means
+from vicinal.losses.pair import Pair
 from vicinal.models.adapters import VisualPrompt, adapt, adapters_from_config, check_adapted, merge, parameter_counts
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
@@ -79,6 +89,7 @@ __all__ = [
 
 Say = Callable[[str], None]
 SAME_PICTURE = 0.998  # cosine; bf16 rounds the embedding of one picture in two batches to above .9999
+PAIRED = 5000  # images of which all pairs are compared at each validation
 WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -131,7 +142,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     save_scores(before_scores, out / "scores" / "before.safetensors")
 
     train = manifest.where(division.train).compact()
-    if recipe.split.grouped and recipe.split.grouped.column == "group":  # else pair losses never push its images apart
+    if "group" in train.names() and not _nested(train):
         train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
@@ -155,7 +166,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         warmup_cosine(optimizer, steps=steps, warmup=min(steps - 1, round(recipe.warmup * steps))),
         steps=steps,
         evaluate=(lambda: _validate(encoder, val, recipe)) if selected else None,
-        evaluate_every=recipe.evaluate_every or max(1, math.ceil(steps / 5)),
+        evaluate_every=_evaluate_every(recipe, steps, len(sampler)),
         monitor=recipe.monitor,
         out=out,
         precision=recipe.precision,
@@ -553,6 +564,16 @@ def _captioned(manifest: Manifest, division: Division) -> Division:
     return replace(division, train=division.train & ~without, notes=(*division.notes, note))
 
 
+def _nested(train: Manifest) -> bool:
+    """Whether each class lies within one group, as the variants of a brand do.
+
+    Only then are two items of one group no negatives of each other: of a photographer's pictures of several classes,
+    which a class shares with other photographers, the pair losses would lose what tells the classes apart.
+    """
+    pairs = train.table.group_by(["label", "group"]).aggregate([]).num_rows
+    return bool(pairs == len(train.classes))
+
+
 def _without_leaks(manifest: Manifest, division: Division, untuned: Embeddings, recipe: Recipe) -> Division:
     """The same picture must not be a query and be trained on, selected on, or drawn as a shot, under whatever name.
 
@@ -619,8 +640,13 @@ def _objective(
     if name in CONTRASTIVE_LOSSES:
         loss = _contrastive(name, settings.model_dump(), original, train, untuned, sampler, recipe)
         return ImageTextObjective(encoder, loss, **anchor)
-    if name in PAIR_LOSSES:
-        pair = PAIR_LOSSES[name](**settings.model_dump())
+    if name in (*PAIR_LOSSES, "sum"):
+        pair: Pair | WeightedSum
+        if name == "sum":
+            parts = settings.parts().items()
+            pair = WeightedSum([(p.weight, PAIR_LOSSES[n](**p.model_dump(exclude={"weight"}))) for n, p in parts])
+        else:
+            pair = PAIR_LOSSES[name](**settings.model_dump())
         memory = recipe.memory
         return LabelObjective(
             encoder, pair if memory is None else CrossBatchMemory(pair, encoder.embedding_dim, size=memory), **anchor
@@ -681,11 +707,32 @@ def _optimizer(
     return RowAdam(optimizer, objective.table, lr=recipe.lr) if isinstance(objective, SemanticProxies) else optimizer
 
 
+def _evaluate_every(recipe: Recipe, steps: int, batches: int) -> int:
+    if recipe.evaluate_every == "epoch":
+        return max(1, math.ceil(batches / recipe.accumulate))
+    return recipe.evaluate_every or max(1, math.ceil(steps / 5))
+
+
 def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> Metrics:
+    """Retrieval, and how alike right and wrong pairs are: means, gap, best F1, equal error rate."""
     embeddings = embed(
         encoder, val, workers=recipe.workers, device=recipe.device, precision=recipe.precision, batch_size=128
     )
-    return mean(retrieval_scores(embeddings, ks=tuple(recipe.recall_at)))
+    metrics = {**mean(retrieval_scores(embeddings, ks=tuple(recipe.recall_at)))}
+    found = similarities(_some_classes(embeddings, PAIRED))
+    return metrics | dict(verification(found, thresholds=(), rates=(), resamples=200))
+
+
+def _some_classes(embeddings: Embeddings, most: int) -> Embeddings:
+    """Whole classes, always the same, of about `most` images together: pairs grow with the square."""
+    if len(embeddings) <= most:
+        return embeddings
+    sizes = torch.bincount(embeddings.labels, minlength=len(embeddings.classes))
+    order = torch.randperm(len(sizes), generator=torch.Generator().manual_seed(0))
+    order = order[sizes[order] > 1]  # an image alone has no right pair
+    reached = sizes[order].cumsum(0)
+    chosen = order[: max(2, int((reached <= most).sum()))]
+    return embeddings.where(torch.isin(embeddings.labels, chosen))
 
 
 def _interpolated(

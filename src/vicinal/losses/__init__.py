@@ -4,7 +4,8 @@
     loss(image: "B D", text: "B D", *, ids=None) -> ""
 
 The table a loss stands in says what it is built with. One of PROXY_LOSSES has a weight for each class and is built as
-`Loss(dim, classes, **settings)`; one of PAIR_LOSSES compares the items of a batch and is built as `Loss(**settings)`;
+`Loss(dim, classes, **settings)`; one of PAIR_LOSSES compares the items of a batch and is built as `Loss(**settings)`
+(`WeightedSum` adds up several);
 one of CONTRASTIVE_LOSSES compares images with texts and starts from the encoder's own scale (and bias).
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 from vicinal.losses.contrastive import InfoNCE, SigLIP
 from vicinal.losses.distillation import Retention
 from vicinal.losses.margin import ArcFace, CosFace, EasyArcFace, SubCenterArcFace, start_from_class_means
-from vicinal.losses.pair import CrossBatchMemory, MultiSimilarity, NTXent, SupCon, Triplet
+from vicinal.losses.pair import CrossBatchMemory, MultiSimilarity, NTXent, SupCon, Triplet, WeightedSum
 from vicinal.losses.proxy import ProxyAnchor, ProxyNCA
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "SubCenterArcFace",
     "SupCon",
     "Triplet",
+    "WeightedSum",
     "start_from_class_means",
 ]
 

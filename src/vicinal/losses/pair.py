@@ -17,13 +17,17 @@ An anchor without a positive does not count; a batch without any gives zero, wit
 say two variants of one brand, are never each other's negatives. Memory grows with B R, never with B^3, and everything
 is in float32 under autocast.
 
+`WeightedSum` adds several of them up, w_1 L_1 + w_2 L_2 + ….
+
 `CrossBatchMemory` around any of them keeps the items of the batches before. Those are compared with, as positives and
 as negatives, but are no anchors and get no gradient.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,7 +36,16 @@ from torch.nn.functional import pad, relu, softplus
 
 from vicinal.losses.cosine import cosines, unit
 
-__all__ = ["CrossBatchMemory", "Memory", "MultiSimilarity", "NTXent", "SupCon", "Triplet"]
+__all__ = [
+    "CrossBatchMemory",
+    "Memory",
+    "MultiSimilarity",
+    "NTXent",
+    "SupCon",
+    "Triplet",
+    "WeightedSum",
+    "mean_similarities",
+]
 
 
 class Memory(NamedTuple):
@@ -255,6 +268,49 @@ class MultiSimilarity(nn.Module):
         return _mean(pull_B + push_B, counts_B)
 
 
+Pair: TypeAlias = NTXent | SupCon | Triplet | MultiSimilarity
+
+
+class WeightedSum(nn.Module):
+    """Several pair losses of one batch, added up: L = sum_i w_i L_i. The logo system: 1 NTXent + 0.5 Triplet.
+
+    Args:
+        losses: (w_i, L_i), each w_i above 0.
+
+    Raises:
+        ValueError: no losses, a weight that is not above 0, or something that is no pair loss.
+
+    >>> loss = WeightedSum([(1.0, NTXent(temperature=1.0)), (0.5, Triplet(margin=0.2))])
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
+    >>> loss(x, torch.tensor([0, 0, 1])).item()    # log 2 + 0.5 x 0.2
+    0.79314...
+    """
+
+    def __init__(self, losses: Sequence[tuple[float, Pair]]) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("a weighted sum takes one loss at least")
+        for weight, loss in losses:
+            if not isinstance(loss, NTXent | SupCon | Triplet | MultiSimilarity):
+                raise ValueError(f"a weighted sum takes pair losses; {type(loss).__name__} compares no items")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"the weight of {type(loss).__name__} must be above 0, not {weight}")
+        self.weights = tuple(weight for weight, _ in losses)
+        self.losses = nn.ModuleList([loss for _, loss in losses])
+
+    def forward(
+        self,
+        embeddings: Float[Tensor, "B D"],
+        labels: Int[Tensor, "B"],
+        *,
+        groups: Int[Tensor, "B"] | None = None,
+        memory: Memory | None = None,
+    ) -> Float[Tensor, ""]:
+        """The sum; each loss has its own mean over its own anchors."""
+        parts = [loss(embeddings, labels, groups=groups, memory=memory) for loss in self.losses]
+        return torch.stack([weight * part for weight, part in zip(self.weights, parts, strict=True)]).sum()
+
+
 class CrossBatchMemory(nn.Module):
     """A pair loss that sees the last items of earlier batches too: XBM. Wang et al. 2020, arXiv:1912.06798.
 
@@ -267,7 +323,7 @@ class CrossBatchMemory(nn.Module):
     random weights, what is kept is stale: the authors' code then begins after 1,000 steps.
 
     Args:
-        loss: one of the pair losses.
+        loss: one of the pair losses, or a sum of them.
         dim: D, the width of the embeddings.
         size: M, the most items kept. The paper: up to all training images; pytorch-metric-learning: 1,024.
 
@@ -287,9 +343,9 @@ class CrossBatchMemory(nn.Module):
     groups: Tensor
     seen: Tensor
 
-    def __init__(self, loss: NTXent | SupCon | Triplet | MultiSimilarity, dim: int, *, size: int = 1024) -> None:
+    def __init__(self, loss: Pair | WeightedSum, dim: int, *, size: int = 1024) -> None:
         super().__init__()
-        if not isinstance(loss, NTXent | SupCon | Triplet | MultiSimilarity):
+        if not isinstance(loss, NTXent | SupCon | Triplet | MultiSimilarity | WeightedSum):
             raise ValueError(f"a memory must be that of a pair loss; {type(loss).__name__} compares no items")
         if dim < 1 or size < 1:
             raise ValueError(f"dim and size must be at least 1, not {dim} and {size}")
@@ -319,6 +375,21 @@ class CrossBatchMemory(nn.Module):
         # Without groups each item is alone; the number of a group that comes later must not be equal by chance.
         self.groups[places] = torch.iinfo(torch.int64).min if groups is None else groups[-size:].to(torch.int64)
         self.seen += batch
+
+
+@torch.no_grad()
+def mean_similarities(
+    embeddings: Float[Tensor, "B D"], labels: Int[Tensor, "B"], *, groups: Int[Tensor, "B"] | None = None
+) -> dict[str, Tensor]:
+    """How alike the right and the wrong pairs of a batch are on average, and the gap: what a pair loss drives apart.
+
+    >>> x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    >>> {name: value.item() for name, value in mean_similarities(x, torch.tensor([0, 0, 1])).items()}
+    {'right_mean': 1.0, 'wrong_mean': 0.0, 'gap': 1.0}
+    """
+    cosine_BB = cosines(embeddings, embeddings)
+    right, wrong = (_mean(cosine_BB, where) for where in _relations(labels, groups, None))
+    return {"right_mean": right, "wrong_mean": wrong, "gap": right - wrong}
 
 
 def _relations(

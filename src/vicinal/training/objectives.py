@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from vicinal.losses import PAIR_LOSSES, CrossBatchMemory, Retention
+from vicinal.losses import PAIR_LOSSES, CrossBatchMemory, Retention, WeightedSum
+from vicinal.losses.pair import mean_similarities
 from vicinal.models.encoder import Encoder
 from vicinal.types import Batch, InputError
 
@@ -45,7 +46,7 @@ class LabelObjective(nn.Module):
     >>> objective = LabelObjective(load_encoder("timm:test_vit", size=32, random_init=True), NTXent(), retention=1.0)
     >>> batch = {"image": torch.rand(4, 3, 32, 32), "label": torch.tensor([0, 0, 1, 1])}
     >>> sorted(objective(batch))
-    ['criterion', 'embeddings', 'loss', 'retention']
+    ['criterion', 'embeddings', 'gap', 'loss', 'retention', 'right_mean', 'wrong_mean']
     """
 
     def __init__(
@@ -77,20 +78,23 @@ class LabelObjective(nn.Module):
         return self.encoder.encode_image(batch["image"])
 
     def loss(self, embeddings: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
-        """The loss under "loss", and beside it the parts that it is the sum of, where there are several."""
-        if not isinstance(self.criterion, (*PAIR_LOSSES.values(), CrossBatchMemory)):
+        """The loss under "loss"; beside it its parts, if there are several, and of a pair loss how alike pairs are."""
+        alike: dict[str, Tensor] = {}
+        if not isinstance(self.criterion, (*PAIR_LOSSES.values(), WeightedSum, CrossBatchMemory)):
             # Class losses have no use for groups, and other libraries' losses do not know them.
             loss = self.criterion(embeddings, batch["label"])
         else:
             # Several processes: a pair loss compares the items of all of them, not each share with itself.
             groups = of_all_processes(batch["group"]) if "group" in batch else None
-            loss = self.criterion(of_all_processes(embeddings), of_all_processes(batch["label"]), groups=groups)
+            everyone, labels = of_all_processes(embeddings), of_all_processes(batch["label"])
+            loss = self.criterion(everyone, labels, groups=groups)
+            alike = mean_similarities(everyone, labels, groups=groups)
         if self.retention is None or self.reference is None:
-            return {"loss": loss}
+            return {"loss": loss, **alike}
         with torch.no_grad():
             original = self.reference.encode_image(batch["image"])
         retention = self.retention(embeddings, original)
-        return {"loss": loss + retention, "criterion": loss.detach(), "retention": retention.detach()}
+        return {"loss": loss + retention, "criterion": loss.detach(), "retention": retention.detach(), **alike}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Both halves; "embeddings", without a graph, stand beside the loss for whoever watches over them."""
