@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import tiny_encoders
 from training_parts import Tiny
 from vicinal.losses import NTXent
-from vicinal.models.adapters import LinearHead, VisualPrompt, adapt
+from vicinal.models.adapters import Full, LinearHead, LoRA, VisualPrompt, adapt
 from vicinal.models.backbones import load_encoder
+from vicinal.models.encoder import Encoder
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
 from vicinal.types import InputError
@@ -104,3 +107,95 @@ def test_prompts_do_not_decay() -> None:
     assert prompts
     assert prompts <= {id(p) for p in groups["encoder, no decay"]["params"]}
     assert groups["encoder"]["weight_decay"] == 0.5
+
+
+def rates(encoder: Encoder, decay: float) -> dict[str, tuple[float, float]]:
+    """Rate and weight decay of each trained parameter."""
+    objective = nn.Module()
+    objective.encoder, objective.criterion = encoder, nn.Linear(3, 2)
+    groups = parameter_groups(objective, lr=1.0, weight_decay=0.05, layer_decay=decay)
+    assert [group["name"] for group in groups[-1:]] == ["loss"]
+    assert [group["lr"] for group in groups[:-1]] == sorted((g["lr"] for g in groups[:-1]), reverse=True)
+    known = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    found = {name: known[id(p)] for name, p in encoder.named_parameters() if p.requires_grad}
+    assert len(known) == len(found) + 2
+    return found
+
+
+def test_layer_decay_is_timms_for_a_model_with_a_classifier(tmp_path: Path):
+    """But for the last norm, which timm counts with the last block, and BEiT with what follows it."""
+    import timm
+    from timm.optim._param_groups import param_groups_layer_decay
+
+    ours = rates(adapt(tiny_encoders.timm(tmp_path), Full()), 0.75)
+    classifier = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32)
+    names = {id(p): f"model.{name}" for name, p in classifier.named_parameters()}
+    theirs = param_groups_layer_decay(classifier, weight_decay=0.05, layer_decay=0.75)
+    expected = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in theirs for p in g["params"]}
+    assert ours.keys() == {name for name in expected if not name.startswith("model.head.")}
+    for name, (rate, decay) in ours.items():
+        assert rate == pytest.approx(1.0 if name.startswith("model.norm.") else expected[name][0]), name
+        if name not in ("model.cls_token", "model.pos_embed"):  # which have three axes, and decay here as ever
+            assert decay == expected[name][1], name
+
+
+TOWERS = {
+    "open_clip": {
+        "visual.class_embedding": 4,
+        "visual.positional_embedding": 4,
+        "visual.conv1.weight": 4,
+        "visual.ln_pre.weight": 4,
+        "visual.transformer.resblocks.0.ln_1.weight": 3,
+        "visual.transformer.resblocks.2.mlp.c_fc.weight": 1,
+        "visual.ln_post.weight": 0,
+        "visual.proj": 0,
+        "token_embedding.weight": 3,
+        "positional_embedding": 3,
+        "transformer.resblocks.0.ln_1.weight": 2,
+        "transformer.resblocks.1.mlp.c_fc.bias": 1,
+        "ln_final.weight": 0,
+        "text_projection": 0,
+    },
+    "transformers": {
+        "vision_model.embeddings.position_embedding.weight": 4,
+        "vision_model.pre_layrnorm.weight": 4,
+        "vision_model.encoder.layers.0.mlp.fc1.weight": 3,
+        "vision_model.post_layernorm.weight": 0,
+        "visual_projection.weight": 0,
+        "text_model.embeddings.token_embedding.weight": 3,
+        "text_model.encoder.layers.1.mlp.fc1.weight": 1,
+        "text_model.final_layer_norm.bias": 0,
+        "text_projection.weight": 0,
+    },
+    "siglip": {
+        "vision_model.embeddings.patch_embedding.weight": 4,
+        "vision_model.encoder.layers.2.mlp.fc1.weight": 1,
+        "vision_model.head.probe": 0,
+        "text_model.embeddings.position_embedding.weight": 4,
+        "text_model.encoder.layers.0.mlp.fc1.weight": 3,
+        "text_model.head.weight": 0,
+        "logit_scale": 0,
+    },
+}
+
+
+@pytest.mark.parametrize("family", sorted(TOWERS))
+def test_layer_decay_in_both_towers(tmp_path: Path, family: str):
+    made = {"open_clip": tiny_encoders.open_clip, "siglip": tiny_encoders.siglip}
+    found = rates(adapt(made.get(family, tiny_encoders.transformers)(tmp_path / "m"), Full("both")), 0.5)
+    for name, depth in TOWERS[family].items():
+        assert found[f"model.{name}"][0] == 0.5**depth, name
+
+
+def test_layer_decay_of_low_rank_updates_and_of_a_head(tmp_path: Path):
+    found = rates(adapt(tiny_encoders.open_clip(tmp_path / "m"), LoRA(rank=2, tower="text")), 0.5)
+    assert {rate for rate, _ in found.values()} == {0.5, 0.25}
+    found = rates(adapt(tiny_encoders.timm(tmp_path), LoRA(rank=2, first_block=10), LinearHead(dim=4)), 0.5)
+    assert {rate for rate, _ in found.values()} == {1.0, 0.5, 0.25}
+    assert {name for name, (rate, _) in found.items() if rate == 1.0} == {n for n in found if n.startswith("head.")}
+
+
+def test_layer_decay_needs_blocks():
+    encoder = adapt(load_encoder("timm:test_resnet", size=32, random_init=True), Full())
+    with pytest.raises(InputError, match="layer_decay: the blocks of the image tower"):
+        rates(encoder, 0.5)

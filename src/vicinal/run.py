@@ -55,13 +55,22 @@ from vicinal.losses import (
 from vicinal.losses.contrastive import fit_scale_and_bias
 from vicinal.losses.margin import start_from_class_means
 from vicinal.losses.pair import Pair
-from vicinal.models.adapters import VisualPrompt, adapt, adapters_from_config, check_adapted, merge, parameter_counts
+from vicinal.models.adapters import (
+    VisualPrompt,
+    adapt,
+    adapters_from_config,
+    check_adapted,
+    locked_towers,
+    merge,
+    parameter_counts,
+)
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import PK, Data, HardClass, Recipe, Sampler, TrainValTest
 from vicinal.training.image_text import ImageTextObjective
+from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
@@ -148,13 +157,18 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     counts = parameter_counts(encoder)
     sampler = _sampler(train, everything.where(division.train), recipe)
     objective = _objective(encoder, original, train, everything.where(division.train), sampler, recipe, out)
-    transform = train_transform(encoder.preprocess, recipe.augment)
+    kept = _locked(encoder, train, everything.where(division.train), recipe, say)
+    transform = None if kept.image is not None else train_transform(encoder.preprocess, recipe.augment)
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
 
     def batches(start_step: int) -> Iterator[Batch]:
-        return train_batches(train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step)
+        drawn = train_batches(
+            train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step
+        )
+        return kept.fill(drawn)
 
-    check_adapted(encoder, next(iter(batches(0)))["image"][:2])
+    first = next(iter(batches(0)))
+    check_adapted(encoder, first["image"][:2] if "image" in first else torch.zeros(2, 3, *encoder.preprocess.size))
     say(f"training: {counts['trained']:,} of {counts['total']:,} parameters, {steps:,} steps on {device}")
     optimizer = _optimizer(objective, recipe)
     val = manifest.where(division.val)
@@ -209,7 +223,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
             "skipped": skipped,
             "notes": list(division.notes),
         },
-        "training": _training(fitted, counts, selected) | {"wise_ft": {"weight": weight, "curve": curve}},
+        "training": _training(fitted, counts, selected)
+        | {"wise_ft": {"weight": weight, "curve": curve}, "towers_not_run": list(kept.names)},
         "model": {
             "source": original.source,
             "licence": original.licence,
@@ -686,6 +701,19 @@ def _contrastive(
     return SigLIP(scale=scale, bias=bias, **settings)
 
 
+def _locked(encoder: Encoder, train: Manifest, untuned: Embeddings, recipe: Recipe, say: Say) -> LockedTowers:
+    """The vectors of towers that a loss of images and texts does not train; other losses run the encoder whole."""
+    if recipe.loss.chosen[0] not in CONTRASTIVE_LOSSES:
+        return LockedTowers()
+    settings: dict[str, Any] = {"device": recipe.device, "precision": recipe.precision}
+    kept = lock(encoder, train, untuned.vectors, augmented=recipe.augment != "none", **settings)
+    for name in kept.names:
+        say(f"locked: the {name} tower is not trained, and not run at each step: its vectors are known")
+    if "image" in locked_towers(encoder) and kept.image is None:
+        say("locked: the image tower is not trained, but run at each step for augment's sake; augment=none spares that")
+    return kept
+
+
 def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> ShuffleSampler | PKSampler | HardClassSampler:
     match recipe.sampler:
         case Sampler(pk=PK() as pk):
@@ -702,7 +730,8 @@ def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> ShuffleSam
 def _optimizer(
     objective: LabelObjective | ImageTextObjective | SemanticProxies, recipe: Recipe
 ) -> torch.optim.Optimizer:
-    groups = parameter_groups(objective, lr=recipe.lr, loss_lr=recipe.loss_lr, weight_decay=recipe.weight_decay)
+    rates: dict[str, Any] = {"lr": recipe.lr, "loss_lr": recipe.loss_lr, "layer_decay": recipe.layer_decay}
+    groups = parameter_groups(objective, **rates, weight_decay=recipe.weight_decay)
     optimizer = build_optimizer(recipe.optimizer, groups)
     return RowAdam(optimizer, objective.table, lr=recipe.lr) if isinstance(objective, SemanticProxies) else optimizer
 

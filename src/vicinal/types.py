@@ -47,7 +47,10 @@ class Preprocess:
 
 
 class Batch(TypedDict, total=False):
-    """What a loader yields. `image` is float "B 3 H W", normalised; `index` is the row in the manifest."""
+    """What a loader yields. `image` is float "B 3 H W", normalised; `index` is the row in the manifest.
+
+    `image_vector` and `text_vector`, "B D", stand in the place of what a locked tower would make of image and text.
+    """
 
     image: Tensor
     label: Tensor
@@ -55,6 +58,8 @@ class Batch(TypedDict, total=False):
     text: list[str]
     group: Tensor
     views: Tensor
+    image_vector: Tensor
+    text_vector: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,7 +66,7 @@ class _Maker(Dataset[_Made]):
     def __init__(
         self,
         manifest: Manifest,
-        transform: Transform,
+        transform: Transform | None,
         on_error: Literal["raise", "skip"],
         spares: _Spares | None,
     ) -> None:
@@ -78,6 +78,7 @@ class _Maker(Dataset[_Made]):
 
     def view(self, row: int, seed: int | None) -> Float[Tensor, "3 h w"]:
         """One image through the transform, drawn from `seed`."""
+        assert self.transform is not None
         if isinstance(self.transform, EvalTransform | TrainTransform):
             path, box = self.manifest.path(row), self.boxes[row] if self.boxes else None
             cutout = decode(path, box=box, padding=self.manifest.padding, at_least=self.transform.at_least)
@@ -94,6 +95,8 @@ class _Maker(Dataset[_Made]):
         rows: list[int] = []
         seeds: list[int | None] = []
         skipped: list[tuple[int, str]] = []
+        if self.transform is None:
+            return _Made(None, [item.row for item in items], [item.seed for item in items], [], None)
         with torch.random.fork_rng(devices=[]):
             for item in items:
                 candidates = [item.row] if self.spares is None else self.spares.after(item.row)
@@ -146,10 +149,12 @@ class _Columns:
             groups = [("row", row) if group is None else group for row, group in enumerate(manifest.column("group"))]
             self.groups = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
-    def batch(self, made: _Made, images: Tensor) -> Batch:
+    def batch(self, made: _Made, images: Tensor | None) -> Batch:
         rows = made.rows
         index = torch.tensor(rows, dtype=torch.int64)
-        batch = Batch(image=images, label=self.labels[index], index=index)
+        batch = Batch(label=self.labels[index], index=index)
+        if images is not None:
+            batch["image"] = images
         if self.captions is not None:
             drawn = zip((self.captions[row] for row in rows), made.seeds, strict=True)
             batch["text"] = [_one_of(several, seed) for several, seed in drawn]
@@ -316,7 +321,7 @@ class TrainBatches(Iterator[Batch]):
             if made.error is not None:
                 raise InputError(made.error)
             self._skipped.update(dict(made.skipped))
-            if made.images is not None:
+            if made.rows:
                 return self._columns.batch(made, made.images)
             if len(self._skipped) == len(self._ids):
                 raise InputError("no image can be read; `vicinal check` lists the reasons")
@@ -324,7 +329,7 @@ class TrainBatches(Iterator[Batch]):
 
 def train_batches(
     manifest: Manifest,
-    transform: Transform,
+    transform: Transform | None,
     sampler: Sampler,
     *,
     seed: int,
@@ -339,7 +344,8 @@ def train_batches(
 
     Args:
         manifest: N rows.
-        transform: bytes to floats; it draws from torch's global generator, and from nowhere else.
+        transform: bytes to floats; it draws from torch's global generator, and from nowhere else. None: no image is
+            opened, and batches hold all but images.
         sampler: which rows make the batches of an epoch.
         seed: of the augmentation.
         workers: processes that decode; 0: this one. None: `default_workers()`.
@@ -355,6 +361,8 @@ def train_batches(
     """
     if workers is None:
         workers = default_workers()
+    if transform is None:
+        workers = 0
     spares = _Spares(manifest.labels().numpy()) if on_error == "skip" else None
     maker = _Maker(manifest, transform, on_error, spares)
     steps = _Steps(sampler, seed, start_step, rank, world_size)

@@ -12,7 +12,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -51,6 +51,7 @@ __all__ = [
     "adapters_from_config",
     "check_adapted",
     "load_adapter_state",
+    "locked_towers",
     "merge",
     "parameter_counts",
     "save_peft",
@@ -116,6 +117,16 @@ def adapt(encoder: Encoder, *methods: Method) -> Encoder:
 def trainable(encoder: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that training changes, by name."""
     return {name: p for name, p in encoder.named_parameters() if p.requires_grad}
+
+
+def locked_towers(encoder: Encoder) -> tuple[Literal["image", "text"], ...]:
+    """The towers of which nothing is trained: what they say of an image or a text stays as it was."""
+    return tuple(
+        which
+        for which in ("image", "text")
+        if (which == "image" or encoder.anatomy.text is not None)
+        and not any(p.requires_grad for p in tower_parameters(encoder, which).values())
+    )
 
 
 def adapter_state(encoder: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
     L = criterion(x, y, ids) + w mean (1 - cos(x_i, z_i)) over images and texts
 
+**Locked towers.** Where a batch brings `image_vector` or `text_vector` (see `LockedTowers`), that tower is not run.
+
 Letters: B batch, b the share of one of W processes, D numbers an embedding, x image and y text embeddings, z those by
 the frozen original, w the weight of retention.
 
@@ -100,7 +102,7 @@ class ImageTextObjective(nn.Module):
         Raises:
             InputError: all captions of the batch are of one id: there is nothing to tell apart.
         """
-        ids = self._ids(batch)
+        ids = self._ids(batch).to(embeddings.device)
         gathered = of_all_processes(embeddings)
         rank, share = _rank(), len(embeddings)
         own = slice(rank * share, (rank + 1) * share)
@@ -134,9 +136,10 @@ class ImageTextObjective(nn.Module):
 
     def _ids(self, batch: Batch) -> Int[Tensor, "B"]:
         """Of the whole batch: equal for items that equal captions, or equal columns of `kin`, join."""
-        columns = [torch.tensor([_number(text) for text in batch["text"]]).to(batch["image"].device)]
-        columns += [batch[name] for name in self.kin if name in batch]
-        ids, *others = of_all_processes(torch.stack(columns, 1)).cpu().T.contiguous()
+        columns = [torch.tensor([_number(text) for text in batch["text"]])]
+        columns += [batch[name].cpu() for name in self.kin if name in batch]
+        device = next(self.parameters()).device  # where processes can exchange them
+        ids, *others = of_all_processes(torch.stack(columns, 1).to(device)).cpu().T.contiguous()
         for column in others:
             # Unlabelled: of no kin. Numbers of their own, below all labels.
             column = torch.where(column < 0, -1 - torch.arange(len(column)), column)
@@ -146,14 +149,16 @@ class ImageTextObjective(nn.Module):
                 f"the {len(ids)} items of a batch are all one: their captions, or the columns {', '.join(self.kin)}, "
                 "join them, so there is nothing to tell apart; use larger batches, or a sampler of distinct captions"
             )
-        joined: Tensor = ids.to(batch["image"].device)
+        joined: Tensor = ids
         return joined
 
 
 def _both(encoder: Encoder, batch: Batch) -> Float[Tensor, "B 2 D"]:
     if "text" not in batch:
         raise InputError("image-text training needs captions: give the table a column text")
-    return torch.stack([encoder.encode_image(batch["image"]), encoder.encode_text(batch["text"])], 1)
+    image = batch["image_vector"] if "image_vector" in batch else encoder.encode_image(batch["image"])
+    text = batch["text_vector"] if "text_vector" in batch else encoder.encode_text(batch["text"])
+    return torch.stack([image, text], 1)  # in the wider type of the two
 
 
 def _own_scale(encoder: Encoder) -> dict[str, nn.Parameter]:

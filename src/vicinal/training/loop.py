@@ -188,7 +188,7 @@ def fit(
                             parts = model(batch)
                         accelerator.backward(parts["loss"] / accumulate)
                     meter.add({k: v for k, v in parts.items() if k != "embeddings"}, weight=1 / accumulate)
-                    images += len(batch["image"])
+                    images += _items(batch)
                 if scaler is not None:
                     scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
@@ -502,6 +502,12 @@ def _next(stream: Iterator[Batch], step: int) -> Batch:
     if batch is None:
         raise ValueError(f"the batches ran out at step {step}: they have to go on for as many steps as are asked for")
     return batch
+
+
+def _items(batch: Batch) -> int:
+    """How many a batch holds, whichever of its columns there are."""
+    columns = cast("Mapping[str, Tensor | list[str]]", batch)
+    return len(next(iter(columns.values())))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
