@@ -93,11 +93,37 @@ def test_grouped_never_straddles() -> None:
         ("grouped", {"column": "shop"}, "no column 'shop'"),
         ("sideways", {}, "class_disjoint, official or grouped"),
         ("class_disjoint", {"holdout": 0.9, "val": 0.0}, "lower split.class_disjoint.holdout"),
+        ("class_disjoint", {"holdout": 0.01}, r"split\.class_disjoint\.holdout=0\.01 of 10 classes leaves 0 held out"),
+        ("grouped", {"column": "label", "holdout": 0.01}, r"split\.grouped\.holdout=0\.01 of 10 groups"),
     ],
 )
 def test_a_split_that_cannot_be_made_says_why(kind: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         divide(manifest(), kind, **settings)
+
+
+@pytest.mark.parametrize("words", [("train", "test", "test"), ("train", "query", "gallery")])
+def test_official_keeps_trained_classes_back_to_select_on_where_nothing_else_is(words: tuple[str, str, str]) -> None:
+    m = manifest(classes=20, each=2, split=[words[0]] * 20 + [words[1], words[2]] * 10)
+    rest = {m.classes.index(f"c{c}") for c in range(10)}
+    d = divide(m, "official", val=0.3)
+    assert len(classes_of(m, d.val)) == 3
+    assert len(classes_of(m, d.train)) == 7
+    assert classes_of(m, d.val) | classes_of(m, d.train) == rest
+    assert classes_of(m, d.queries()) == set(range(20)) - rest, "the measured half stays whole"
+    assert_disjoint(m, d)
+    assert torch.equal(divide(m, "official", val=0.3, seed=7).queries(), d.queries())
+    assert not torch.equal(divide(m, "official", val=0.3, seed=7).val, d.val)
+    for none in (divide(m, "official", val=0.0), divide(m, "official", val=0.1)):  # a tenth of ten: one, too few
+        assert not none.val.any()
+        assert classes_of(m, none.train) == rest
+
+
+def test_official_keeps_nothing_back_where_val_rows_are_named_or_trained_classes_are_measured() -> None:
+    named = manifest(classes=20, each=2, split=["train"] * 20 + ["val"] * 4 + ["test"] * 16)
+    assert classes_of(named, divide(named, "official", val=0.3).val) == {named.classes.index(c) for c in ("c10", "c11")}
+    closed = manifest(classes=20, each=2, split=["train", "test"] * 20)
+    assert not divide(closed, "official", val=0.3).val.any()
 
 
 def test_masks_follow_a_narrower_manifest() -> None:

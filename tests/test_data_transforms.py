@@ -176,8 +176,8 @@ def test_none_is_the_evaluation_view() -> None:
         assert torch.equal(train_transform(preprocess, "none")(image), eval_transform(preprocess)(image))
 
 
-def test_two_presets_mirror_and_no_other() -> None:
-    assert [name for name, augment in AUGMENT.items() if augment.flip] == ["mirrored", "medium"]
+def test_three_presets_mirror_and_no_other() -> None:
+    assert {name for name, augment in AUGMENT.items() if augment.flip} == {"mirrored", "medium", "imagenet"}
     ramp = torch.arange(64, dtype=torch.uint8).mul(4).view(1, 1, 64).repeat(3, 64, 1)
     turned = dict.fromkeys(AUGMENT, 0)
     for name in AUGMENT:
@@ -187,6 +187,7 @@ def test_two_presets_mirror_and_no_other() -> None:
             turned[name] += bool(view[0, 16, 2] > view[0, 16, -3])
     assert 10 <= turned.pop("mirrored") <= 30
     assert 10 <= turned.pop("medium") <= 30
+    assert 10 <= turned.pop("imagenet") <= 30
     assert set(turned.values()) == {0}
 
 

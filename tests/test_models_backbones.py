@@ -706,6 +706,20 @@ def test_transformers_without_a_preprocessor_config_says_so(
     assert "no preprocessor_config.json" in caplog.text
 
 
+def test_transformers_shows_no_bar_over_weights_and_keeps_its_own_setting(
+    made: Callable[[str], Made], capfd: pytest.CaptureFixture[str]
+):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    uri = made("transformers:vit").uri
+    capfd.readouterr()
+    load_encoder(uri)
+    assert "it/s" not in capfd.readouterr().err
+    assert (logging.is_progress_bar_enabled(), are_progress_bars_disabled()) == before
+
+
 # ------------------------------------------------------------------------------------------------------------- weights
 
 

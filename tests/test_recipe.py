@@ -44,6 +44,9 @@ def write(tmp_path: Path, content: dict[str, object]) -> Path:
         ({"templates": ["a photo"]}, "write {} once"),
         ({"memory": 100}, "only a pair loss remembers"),
         ({"steps": "many"}, "steps"),
+        ({"seeds": 0}, "seeds"),
+        ({"monitor": "recal@5"}, "monitor: 'recal@5' is not measured on validation; did you mean 'recall@5'?"),
+        ({"monitor": "recall@20"}, "monitor: 'recall@20'"),
         ({"wise_ft": "auto", "split": {"class_disjoint": {"val": 0.0}}}, "split.class_disjoint.val"),
     ],
 )

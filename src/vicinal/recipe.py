@@ -156,7 +156,14 @@ class ClassDisjoint(_Strict):
 
 
 class Official(_Strict):
-    """The parts that the data's own `split` column names."""
+    """The parts that the data's own `split` column names.
+
+    `val`, `seed`: where that names nothing to select on and no trained class is measured (cub200, sop, inshop, …), this
+    share of the trained classes is kept back for it, as in `class_disjoint`.
+    """
+
+    val: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    seed: int = 42
 
 
 class Grouped(_Strict):
@@ -220,11 +227,13 @@ else:
     class SemanticProxies(_Strict):
         """Proxies made of images and of prompts of their classes: see `vicinal.training.semantic_proxies`.
 
-        `on_disk` keeps the prompts in a memory-mapped file of the run folder, of which checkpoints keep copies.
+        `lr` is that of the class prompts, whose steps are Adam's; by default the recipe's. `on_disk` keeps them in a
+        memory-mapped file of the run folder, of which checkpoints keep copies.
         """
 
         prompts: ClassPrompts = ClassPrompts(tokens=3)
         accumulator: Accumulator = Field(default_factory=lambda: Accumulator.model_validate({"gru": {}}))
+        lr: Annotated[float, Field(gt=0)] | None = None
         share: Annotated[float, Field(ge=0, le=1)] = 0.5
         margin: Annotated[float, Field(ge=0, lt=2)] = 0.1
         alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -317,6 +326,7 @@ class Recipe(_Strict):
     templates: Annotated[list[str], Field(min_length=1)] = ["{}"]
 
     seed: int = 42
+    seeds: Annotated[int, Field(ge=1)] = 1
     device: str = "auto"
     workers: Annotated[int, Field(ge=0)] | None = None
     embed_batch_size: Annotated[int, Field(ge=1)] = 128
@@ -326,6 +336,11 @@ class Recipe(_Strict):
     def _consistent(self) -> Recipe:
         if self.augment not in AUGMENT:
             raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
+        monitors = ["map@r", "r_precision", *(f"recall@{k}" for k in self.recall_at), "gap", "f1"]
+        if self.monitor not in monitors:
+            raise ValueError(
+                f"monitor: {self.monitor!r} is not measured on validation{_nearest(self.monitor, monitors)}"
+            )
         several = self.sampler.pk or self.sampler.hard_class
         pairs = (*PAIR_LOSSES, "sum")
         if self.loss.chosen[0] in pairs and (several is None or several.images_per_class < 2):

@@ -38,10 +38,11 @@ from vicinal.data.sources import read_coco, read_folder, read_hub, read_table, r
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
-from vicinal.evaluation.intervals import mean, paired_difference
+from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.metrics import class_neighbours, topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
+from vicinal.evaluation.scores import differences, estimates, load_scores, plain, save_scores
 from vicinal.evaluation.verification import similarities, verification
 from vicinal.losses import (
     CONTRASTIVE_LOSSES,
@@ -69,6 +70,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import PK, Data, HardClass, Recipe, Sampler, TrainValTest
+from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.loop import FitResult, fit
@@ -105,6 +107,9 @@ WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, say: Say = print) -> Path:
     """Adapt a model as the recipe says, and prove what it did: baseline, training, difference, page.
 
+    With `seeds` above 1, as many trainings, whose seeds count up from `seed`, share one baseline and one page: see
+    `vicinal.seeds` for what then lies where.
+
     Args:
         recipe: what to do; see `Recipe`.
         out: the run folder, made if need be.
@@ -122,12 +127,99 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     _refuse_other_run(recipe, out, resume)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "recipe.yaml", recipe.to_yaml())
-    _seed(recipe.seed)
-    device = pick_device(recipe.device)
+    ground = _prepare(recipe, say)
+    manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
+    parts = division.parts_within(needed)
+    before = ground.untuned.where(needed)
+    before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe))
+    before_scores = before_scores if recipe.seeds == 1 else pooled([before_scores])
+    save_scores(before_scores, out / "scores" / "before.safetensors")
+    _save_embeddings(out, "before", before, parts)
 
+    folders = trainings(recipe, out)
+    trained: dict[Path, dict[str, Any]] = {}
+    for folder, own in folders.items():
+        if recipe.seeds > 1:
+            say(f"seed {own.seed}, {len(trained) + 1} of {recipe.seeds}")
+        trained[folder] = _train(ground, own, folder, own_resume(recipe, folder, resume), say)
+
+    measured = []
+    for folder in trained:  # the test half, once for each training, after all of them
+        tuned = load_encoder(str(folder / "model"))
+        after = _embed(tuned, manifest.where(needed), recipe, "after", say)
+        measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)))
+        if len(measured) == 1:
+            _save_embeddings(out, "after", after, parts)
+            promote(folder, out)
+        if folder != out:
+            save_scores(measured[-1], folder / "scores" / "after.safetensors")
+    after_scores = measured[0] if recipe.seeds == 1 else pooled(measured)
+    save_scores(after_scores, out / "scores" / "after.safetensors")
+
+    changes = differences(before_scores, after_scores)
+    facts = list(trained.values())
+    results = {
+        "before": {part: plain(scores) for part, scores in estimates(before_scores).items()},
+        "after": {part: plain(scores) for part, scores in estimates(after_scores).items()},
+        "difference": {part: plain(scores) for part, scores in changes.items()},
+        "environment": environment(pick_device(recipe.device), recipe),
+        "data": {
+            "images": len(manifest),
+            "classes": len(manifest.classes),
+            "train_images": int(division.train.sum()),
+            "train_classes": int(torch.unique(manifest.labels()[division.train]).numel()),
+            "val_images": int(division.val.sum()),
+            "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()},
+            "skipped": ground.skipped,
+            "notes": list(division.notes),
+        },
+        "training": facts[0],
+        "model": {
+            "source": ground.original.source,
+            "licence": ground.original.licence,
+            "embedding_dim": tuned.embedding_dim,
+            "size": list(tuned.preprocess.size),
+            "preprocess": asdict(tuned.preprocess),
+        },
+        "seed": recipe.seed,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if recipe.seeds > 1:
+        results["seeds"] = seed_rows([own.seed for own in folders.values()], facts, measured)
+    _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    page = remake_report(out, manifest=manifest)
+    for line in _headlines(estimates(before_scores), estimates(after_scores), changes):
+        say(line)
+    say(f"report: {page}")
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- the stages
+
+
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What every training of a recipe stands on: the data, its division, and the model before any change."""
+
+    manifest: Manifest
+    skipped: list[str]
+    division: Division
+    original: Encoder
+    untuned: Embeddings
+    reads: bool
+
+    def texts(self, encoder: Encoder, recipe: Recipe) -> Texts | None:
+        """What the measured images are called, if the model still reads text."""
+        return Texts.of(encoder, self.manifest.where(self.division.measured()), recipe) if self.reads else None
+
+
+def _prepare(recipe: Recipe, say: Say) -> _Ground:
+    """Bring, divide, and embed with the model as it is; what the user gave wrong is said here, before any training."""
+    _seed(recipe.seed)
     manifest = bring(recipe.data)
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
-    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES and not any(manifest.captions()):
+    contrastive = recipe.loss.chosen[0] in CONTRASTIVE_LOSSES
+    if contrastive and not any(manifest.captions()):
         raise InputError(
             f"loss.{recipe.loss.chosen[0]} learns from captions, and the data has none; it needs a table (data.table) "
             "with a column text, or captions; data.columns: {text: …} says which it is"
@@ -135,29 +227,30 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
     original = open_model(recipe)
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
-
-    everything = _embed(original, manifest, recipe, "baseline", say)
-    manifest, skipped = _readable(manifest, everything)
-    division = _without_leaks(manifest, _divide(manifest, recipe), everything, recipe)
+    untuned = _embed(original, manifest, recipe, "baseline", say)
+    manifest, skipped = _readable(manifest, untuned)
+    division = _without_leaks(manifest, _divide(manifest, recipe), untuned, recipe)
     say(f"split: {division}")
-    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES:
+    if contrastive:
         division = _captioned(manifest, division)
-    needed = division.measured()
-    before = everything.where(needed)
     reads = _reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
-    texts = Texts.of(original, manifest.where(needed), recipe) if reads else None
-    before_scores = measure(before, division.parts_within(needed), recipe, texts)
-    _save_embeddings(out, "before", before, division.parts_within(needed))
-    save_scores(before_scores, out / "scores" / "before.safetensors")
+    return _Ground(manifest, skipped, division, original, untuned, reads)
 
+
+def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None, say: Say) -> dict[str, Any]:
+    """One training, from the untuned model to `out/model`; the measured images take no part in it. Its facts."""
+    _seed(recipe.seed)
+    device = pick_device(recipe.device)
+    manifest, division, original = ground.manifest, ground.division, ground.original
     train = manifest.where(division.train).compact()
     if "group" in train.names() and not _nested(train):
         train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
     counts = parameter_counts(encoder)
-    sampler = _sampler(train, everything.where(division.train), recipe)
-    objective = _objective(encoder, original, train, everything.where(division.train), sampler, recipe, out)
-    kept = _locked(encoder, train, everything.where(division.train), recipe, say)
+    untuned = ground.untuned.where(division.train)
+    sampler = _sampler(train, untuned, recipe)
+    objective = _objective(encoder, original, train, untuned, sampler, recipe, out)
+    kept = _locked(encoder, train, untuned, recipe, say)
     transform = None if kept.image is not None else train_transform(encoder.preprocess, recipe.augment)
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
 
@@ -195,55 +288,12 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         trackers=tuple(recipe.trackers),
         identity=_identity(recipe),
     )
-
     if isinstance(objective, ImageTextObjective):
         objective.keep_scale()
     tuned, weight, curve = _interpolated(original, encoder.cpu(), val, recipe, say)
     tuned.save(out / "model")
-    after = _embed(tuned, manifest.where(needed), recipe, "after", say)
-    parts = division.parts_within(needed)
-    _save_embeddings(out, "after", after, parts)
-    texts = Texts.of(tuned, manifest.where(needed), recipe) if reads else None
-    after_scores = measure(after, parts, recipe, texts)
-    save_scores(after_scores, out / "scores" / "after.safetensors")
-
-    differences = _differences(before_scores, after_scores)
-    results = {
-        "before": {part: _plain(scores) for part, scores in _estimates(before_scores).items()},
-        "after": {part: _plain(scores) for part, scores in _estimates(after_scores).items()},
-        "difference": {part: _plain(scores) for part, scores in differences.items()},
-        "environment": environment(device, recipe),
-        "data": {
-            "images": len(manifest),
-            "classes": len(manifest.classes),
-            "train_images": int(division.train.sum()),
-            "train_classes": len(train.classes),
-            "val_images": len(val),
-            "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()},
-            "skipped": skipped,
-            "notes": list(division.notes),
-        },
-        "training": _training(fitted, counts, selected)
-        | {"wise_ft": {"weight": weight, "curve": curve}, "towers_not_run": list(kept.names)},
-        "model": {
-            "source": original.source,
-            "licence": original.licence,
-            "embedding_dim": tuned.embedding_dim,
-            "size": list(tuned.preprocess.size),
-            "preprocess": asdict(tuned.preprocess),
-        },
-        "seed": recipe.seed,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    page = remake_report(out, manifest=manifest)
-    for line in _headlines(_estimates(before_scores), _estimates(after_scores), differences):
-        say(line)
-    say(f"report: {page}")
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------- the stages
+    chosen = {"wise_ft": {"weight": weight, "curve": curve}, "towers_not_run": list(kept.names)}
+    return _training(fitted, counts, selected) | chosen
 
 
 def bring(data: Data) -> Manifest:
@@ -558,7 +608,8 @@ def _can_select(val: Manifest) -> bool:
 
 def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> None:
     """Before anything in the folder is written over."""
-    if resume is None and any((out / "checkpoints").glob("*")):
+    found = {path.parent.parent for path in (*out.glob("checkpoints/*"), *out.glob("seed*/checkpoints/*"))}
+    if resume is None and found:
         raise InputError(
             f"{out} holds the checkpoints of an earlier run; go on with resume=last (--resume last), choose another "
             "out, or delete it"
@@ -566,6 +617,8 @@ def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> N
     kept = out / "recipe.yaml"
     if resume is not None and kept.exists() and _identity(Recipe.load(kept)) != _identity(recipe):
         raise InputError(f"{out} holds a run of another recipe, which this one cannot resume; choose another out")
+    if (out in found) != (recipe.seeds == 1) and found:
+        raise InputError(f"{out} holds {'one seed' if out in found else 'several seeds'}; choose another out")
 
 
 def _captioned(manifest: Manifest, division: Division) -> Division:
@@ -733,7 +786,9 @@ def _optimizer(
     rates: dict[str, Any] = {"lr": recipe.lr, "loss_lr": recipe.loss_lr, "layer_decay": recipe.layer_decay}
     groups = parameter_groups(objective, **rates, weight_decay=recipe.weight_decay)
     optimizer = build_optimizer(recipe.optimizer, groups)
-    return RowAdam(optimizer, objective.table, lr=recipe.lr) if isinstance(objective, SemanticProxies) else optimizer
+    if not isinstance(objective, SemanticProxies):
+        return optimizer
+    return RowAdam(optimizer, objective.table, lr=recipe.loss.chosen[1].lr or recipe.lr)
 
 
 def _evaluate_every(recipe: Recipe, steps: int, batches: int) -> int:
@@ -781,23 +836,6 @@ def _interpolated(
     return interpolate(original, tuned, best), best, curve
 
 
-def _estimates(scores: Mapping[str, Sequence[PerQuery]]) -> dict[str, Metrics]:
-    return {part: {k: v for values in protocols for k, v in mean(values).items()} for part, protocols in scores.items()}
-
-
-def _differences(
-    before: Mapping[str, Sequence[PerQuery]], after: Mapping[str, Sequence[PerQuery]]
-) -> dict[str, Metrics]:
-    return {
-        part: {
-            name: estimate
-            for b, a in zip(before[part], after[part], strict=True)
-            for name, estimate in paired_difference(b, a).items()
-        }
-        for part in before
-    }
-
-
 def _headlines(
     before: Mapping[str, Metrics], after: Mapping[str, Metrics], difference: Mapping[str, Metrics]
 ) -> Iterator[str]:
@@ -809,14 +847,6 @@ def _headlines(
                     f"{part} classes, {name}: {before[part][name].value:.3f} -> {after[part][name].value:.3f}, "
                     f"difference {d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}], {d.n} classes"
                 )
-
-
-def _plain(metrics: Metrics) -> dict[str, dict[str, float | None]]:
-    """JSON has no NaN: an undefined bound is null."""
-    return {
-        name: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(estimate).items()}
-        for name, estimate in metrics.items()
-    }
 
 
 def _part_counts(manifest: Manifest, part: Part) -> dict[str, int]:
@@ -851,40 +881,6 @@ def _save_embeddings(out: Path, side: str, embeddings: Embeddings, parts: Mappin
         embeddings.where(part.queries).save(folder / f"{name}.safetensors")
 
 
-def save_scores(scores: Mapping[str, Sequence[PerQuery]], path: Path) -> None:
-    """Write the per-query values of a measurement to one safetensors file; `load_scores` reads them back."""
-    from safetensors.torch import save_file
-
-    tensors, macro = {}, {}
-    for part, protocols in scores.items():
-        for i, values in enumerate(protocols):
-            tensors[f"{part}/{i}/units"] = values.units.clone()
-            macro[f"{part}/{i}"] = str(values.macro)
-            tensors |= {f"{part}/{i}/values/{name}": v.clone() for name, v in values.values.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, macro)
-
-
-def load_scores(path: str | Path) -> dict[str, list[PerQuery]]:
-    """What `save_scores` wrote: part -> protocols.
-
-    Raises:
-        InputError: there is no such file.
-    """
-    from safetensors import safe_open
-
-    if not Path(path).exists():
-        raise InputError(f"{path} is missing: the run did not finish")
-    scores: dict[str, list[PerQuery]] = {}
-    with safe_open(str(path), framework="pt") as file:
-        for key, macro in sorted(file.metadata().items()):
-            names = [name for name in file.keys() if name.startswith(f"{key}/values/")]  # noqa: SIM118  no iterator
-            values = {name.removeprefix(f"{key}/values/"): file.get_tensor(name) for name in names}
-            part = PerQuery(values, file.get_tensor(f"{key}/units"), macro == "True")
-            scores.setdefault(key.rsplit("/", 1)[0], []).append(part)
-    return scores
-
-
 def environment(device: torch.device, recipe: Recipe) -> dict[str, Any]:
     """What the numbers were made with: versions, hardware, arithmetic, date."""
     names = ("vicinal", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "peft")
@@ -910,7 +906,17 @@ def _processor() -> str:
 
 def _identity(recipe: Recipe) -> str:
     """What a resumed run must share: all of the recipe but where and how fast it is computed."""
-    free = {"device", "workers", "cache", "checkpoint_every", "keep", "trackers", "cache_dir", "embed_batch_size"}
+    free = {
+        "seeds",
+        "device",
+        "workers",
+        "cache",
+        "checkpoint_every",
+        "keep",
+        "trackers",
+        "cache_dir",
+        "embed_batch_size",
+    }
     content = json.dumps(recipe.model_dump(mode="json", exclude=free), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 

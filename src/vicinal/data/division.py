@@ -109,6 +109,7 @@ def divide(
         holdout: share of the classes (or groups) that are tested on and never trained on.
         seed: of every shuffle.
         val: share of the remaining classes (or groups) to select on; none, with a note, where it is under two classes.
+            "official": only where the column names no row to select on, and no trained class is measured.
         seen: share of each trained class's images kept back, where no `split` column says which.
         column: the group column of "grouped".
 
@@ -119,7 +120,7 @@ def divide(
         case "class_disjoint":
             division = _class_disjoint(manifest, holdout, seed, val, seen)
         case "official":
-            masks = _official_masks(manifest)
+            masks = _with_classes_to_select_on(manifest, _official_masks(manifest), val, seed)
             if masks["query"].any() or masks["gallery"].any():
                 division = _query_gallery(manifest, masks)
             else:
@@ -133,7 +134,10 @@ def divide(
 
 
 def _class_disjoint(manifest: Manifest, holdout: float, seed: int, val: float, seen: float) -> Division:
-    seen_classes, unseen_classes = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
+    try:
+        seen_classes, unseen_classes = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
+    except InputError as error:
+        raise InputError(f"split.class_disjoint.{error}") from None
     notes = []
     trained_classes: tuple[str, ...] = seen_classes
     val_classes: tuple[str, ...] = ()
@@ -189,11 +193,29 @@ def _official_masks(manifest: Manifest) -> dict[str, Tensor]:
     )
 
 
+def _with_classes_to_select_on(
+    manifest: Manifest, masks: Mapping[str, Tensor], val: float, seed: int
+) -> Mapping[str, Tensor]:
+    """Published class-disjoint sets name no validation part: without one, only the test half could be selected on."""
+    labels = manifest.labels()
+    trained = torch.unique(labels[masks["train"]])
+    measured = masks["test"] | masks["query"] | masks["gallery"]
+    if masks["val"].any() or int(len(trained) * val) < 2 or torch.isin(labels[measured], trained).any():
+        return masks
+    _, kept = class_disjoint([manifest.classes[i] for i in trained.tolist()], holdout=val, seed=seed)
+    names = set(kept)
+    back = masks["train"] & torch.isin(labels, torch.tensor([i for i in trained if manifest.classes[i] in names]))
+    return {**masks, "train": masks["train"] & ~back, "val": back}
+
+
 def _grouped_masks(manifest: Manifest, column: str, holdout: float, val: float, seed: int) -> dict[str, Tensor]:
     if column not in manifest.names():
         raise InputError(f"split.grouped.column: no column {column!r}; there are {', '.join(manifest.names())}")
     groups = manifest.column(column)
-    test = grouped(groups, holdout=holdout, seed=seed)
+    try:
+        test = grouped(groups, holdout=holdout, seed=seed)
+    except InputError as error:
+        raise InputError(f"split.grouped.{error}") from None
     rest = [i for i, held in enumerate(test.tolist()) if not held]
     selected = torch.zeros_like(test)
     if int(len({groups[i] for i in rest}) * val) >= 1:

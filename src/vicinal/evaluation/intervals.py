@@ -18,7 +18,7 @@ Letters: R replicates, Q queries, U units that count, b resamples of one chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from vicinal.types import Estimate, InputError, Metrics, PerQuery
 
-__all__ = ["mean", "paired_difference"]
+__all__ = ["mean", "over_seeds", "paired_difference"]
 
 LEVELS = (2.5, 97.5)  # per cent
 CHUNK = 2**17  # weights drawn at once: a few MB, which a cache holds
@@ -124,6 +124,41 @@ def paired_difference(before: PerQuery, after: PerQuery, *, resamples: int = 200
             f"no metric is on both sides: before has {', '.join(before.values)}; after has {', '.join(after.values)}"
         )
     return mean(PerQuery(values, before.units, before.macro), resamples=resamples, seed=seed)
+
+
+def over_seeds(measured: Sequence[PerQuery]) -> PerQuery:
+    """The same queries measured after several trainings, as one replicate a training.
+
+    What was drawn several times within a training (shots) is averaged over those draws first; a query counts if it
+    counted in any. `mean` and `paired_difference` of the result then resample classes and trainings.
+
+    Args:
+        measured: of each training; of one, its draws are averaged.
+
+    Returns:
+        Values "S Q", S the number of trainings.
+
+    Raises:
+        InputError: none, or not of the same queries and metrics.
+
+    >>> units = torch.arange(2)
+    >>> one = PerQuery({"accuracy@1shot": torch.tensor([[1.0, 0.0], [torch.nan, 1.0]])}, units)
+    >>> over_seeds([one, one]).values["accuracy@1shot"]
+    tensor([[1.0000, 0.5000],
+            [1.0000, 0.5000]])
+    """
+    if not measured:
+        raise InputError("there is no training to average over")
+    first = measured[0]
+    for other in measured[1:]:
+        if not torch.equal(first.units, other.units) or (*first.values, first.macro) != (*other.values, other.macro):
+            raise InputError("these trainings were not measured on the same queries by the same metrics")
+    values = {name: torch.stack([_nanmean(one.values[name]) for one in measured]) for name in first.values}
+    return PerQuery(values, first.units, first.macro)
+
+
+def _nanmean(draws: torch.Tensor) -> torch.Tensor:
+    return draws[0] if len(draws) == 1 else draws.nanmean(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,6 +85,7 @@ def report(record: Record, pictures: Callable[[str], Image | None]) -> str:
         parts=(tables := _part_tables(record.results)),
         few=any(0 < (row["n"] or 0) < 20 for table in tables for row in table["rows"]),
         paired=bool(record.results.get("after")),
+        seeds=_seeds(record.results),
         galleries=[closeups.gallery(view, album, seed) for view in shown],
         heat=closeups.heat(shown[0], album, seed) if shown else None,
         entropies=[entropy for view in shown if (entropy := closeups.entropy(view)) is not None],
@@ -309,6 +310,23 @@ def _part_table(
     }
 
 
+def _seeds(results: Results) -> dict[str, Any] | None:
+    """Part by part what each training seed came to, and all together; None after one training."""
+    trainings = results.get("seeds") or []
+    if not trainings:
+        return None
+    tables = []
+    for part in _part_names(results):
+        names = _metrics(results, part)
+        rows = [
+            {"seed": one["seed"], "values": [(one["after"].get(part) or {}).get(name) for name in names]}
+            for one in trainings
+        ]
+        together = [_of(results, "after", part, name) for name in names]
+        tables.append({"part": part, "names": names, "rows": rows, "mean": [e and e["value"] for e in together]})
+    return {"count": len(trainings), "first": trainings[0]["seed"], "tables": tables}
+
+
 def _hero(results: Results) -> dict[str, Any] | None:
     """The chart below the headline: its metric, before and after, on every part."""
     parts = _part_names(results)
@@ -445,7 +463,7 @@ def _duration(seconds: float | int) -> str:
 
 def _fact_groups(results: Results) -> list[dict[str, Any]]:
     """Everything else the run recorded, whatever its keys are: nothing is dropped because a name is new."""
-    shown_elsewhere = {"before", "after", "difference"}
+    shown_elsewhere = {"before", "after", "difference", "seeds"}
     groups = []
     titles = {"data": "Data", "model": "Model", "training": "Training", "environment": "Environment"}
     for key, title in titles.items():

@@ -9,7 +9,8 @@ Letters: B batch, H W height and width in pixels, T patches, C numbers of a patc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -66,15 +67,16 @@ def find(rest: str, uri: str, hub: Hub, random_init: bool) -> Found:
 
     def read(model: nn.Module) -> nn.Module:
         try:
-            loaded, report = type(model).from_pretrained(  # type: ignore[attr-defined]  # a model of transformers
-                where,
-                config=config,
-                dtype=torch.float32,  # the default is what the file is in, which may be half
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to name them below
-                **kind.options,
-                **options,
-            )
+            with _without_bar():
+                loaded, report = type(model).from_pretrained(  # type: ignore[attr-defined]  # a model of transformers
+                    where,
+                    config=config,
+                    dtype=torch.float32,  # the default is what the file is in, which may be half
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # to name them below
+                    **kind.options,
+                    **options,
+                )
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"{failed} ({first_line(error)})") from error
         wrong = [f"missing: {key}" for key in sorted(report["missing_keys"])]
@@ -87,6 +89,26 @@ def find(rest: str, uri: str, hub: Hub, random_init: bool) -> Found:
         return cast(nn.Module, loaded)
 
     return Found(architecture, preprocess, None if random_init else read, _native_size(config), licence, tokenizer)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """No bar while weights are put into the model, which takes a second; that of a download stays."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    unwanted = are_progress_bars_disabled()  # by the user, for downloads
+    logging.disable_progress_bar()  # both kinds
+    if not unwanted:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if not unwanted:
+            logging.enable_progress_bar()
 
 
 def build(architecture: Mapping[str, Any]) -> tuple[nn.Module, Family, Anatomy]:
