@@ -94,7 +94,7 @@ def find(rest: str, uri: str, hub: Hub, random_init: bool) -> Found:
 @contextmanager
 def _without_bar() -> Iterator[None]:
     """No bar while weights are put into the model, which takes a second; that of a download stays."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     if not logging.is_progress_bar_enabled():
