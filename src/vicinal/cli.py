@@ -93,14 +93,19 @@ def prepare(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     holdout: Annotated[float, typer.Option(help="Share of the classes held out.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of the shuffle of the sorted classes.")] = 42,
-    format: Annotated[str, typer.Option(help="coco or parquet.")] = "coco",
+    format: Annotated[str, typer.Option(help="coco, parquet, or logos: references, scenes and a database.")] = "coco",
+    references: Annotated[int, typer.Option(help="Of logos: the most of a brand.")] = 5,
     columns: Columns = None,
 ) -> None:
     """Write public and holdout tables by ratio and seed; images stay where they are."""
+    from vicinal.data.logos import write_logos
     from vicinal.data.sources import prepare as prepare_manifest
     from vicinal.run import bring_path
 
     _, manifest = bring_path(source, _pairs(columns))
+    if format == "logos":
+        print(write_logos(manifest, out, holdout=holdout, seed=seed, references=references))
+        return
     for path in prepare_manifest(manifest, out, holdout=holdout, seed=seed, format=format):
         print(path)
 

@@ -37,7 +37,7 @@ from vicinal.data.manifest import Manifest, box_array
 from vicinal.data.splits import official
 from vicinal.types import InputError
 
-__all__ = ["Findings", "Leak", "check", "leaks"]
+__all__ = ["Alike", "Findings", "Leak", "alike", "check", "leaks"]
 
 Progress = Callable[[int, int], None]
 
@@ -283,6 +283,43 @@ def leaks(
         raise InputError(f"{files[first]}: {seen.unreadable[first]}; `vicinal check` lists all such files")
     _, crop = np.unique(_crops(manifest, seen.twin[of_row]), axis=0, return_inverse=True)
     return _leaks(files, of_row, crop, part_of_row, list(parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Which files of a manifest are one picture, or nearly: F files, N rows.
+
+    Args:
+        files: F paths, relative to the manifest's root.
+        of_row: "N", the file of each row.
+        head: "F", the first file of those that look alike; itself, where it is alone.
+        size: "F 2", height and width.
+        hash: "F", 64 bits: see the module.
+        unreadable: file number -> why.
+    """
+
+    files: list[str]
+    of_row: Int[np.ndarray, "N"]
+    head: Int[np.ndarray, "F"]
+    size: Int[np.ndarray, "F 2"]
+    hash: Shaped[np.ndarray, "F"]
+    unreadable: Mapping[int, str]
+
+
+def alike(manifest: Manifest, *, workers: int | None = None, progress: Progress | None = None) -> Alike:
+    """Group the files of a manifest by their looks: equal pixels, and near duplicates, and what these have in common.
+
+    Args:
+        manifest: N rows.
+        workers: threads that decode; None: one for each core.
+        progress: called with (files done, files to do).
+    """
+    files, of_row = _files(manifest)
+    seen = _look_at_all(manifest, files, workers, progress, near=True)
+    pairs, _ = _near_pairs(seen, workers)
+    twins = np.stack([seen.twin, np.arange(len(files))], 1)
+    head = _joined(np.concatenate([twins, pairs]), len(files))
+    return Alike(files, of_row, head, seen.size, seen.hash, seen.unreadable)
 
 
 # ------------------------------------------------------------------------------------------------- looking at files

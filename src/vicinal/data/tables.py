@@ -61,6 +61,8 @@ def read_table(
 ) -> Manifest:
     """A table with a row for each image: CSV (any of , ; tab |), TSV, JSON Lines, a JSON list, or Parquet.
 
+    A `.db` is what `vicinal prepare --format logos` wrote: see `vicinal.data.logos.read_logos`.
+
     Needed are an image column and a label column, by any of the names in `COLUMNS`. Boxes may stand in one column `box`
     (four numbers) or in four. In a CSV every value is a word, so that the label 007 stays 007.
 
@@ -85,6 +87,12 @@ def read_table(
             }
         )
     path = Path(path).expanduser()
+    if path.suffix.lower() in (".db", ".sqlite"):
+        if columns or root is not None:
+            raise InputError(f"{path}: a database of logos has its own columns and paths; leave columns and root out")
+        from vicinal.data.logos import read_logos
+
+        return read_logos(path)
     name = str(path)
     table = _read_rows(path)
     known = _saved_by_us(table)
