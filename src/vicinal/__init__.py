@@ -43,6 +43,7 @@ _HOMES = {
     "Matcher": "serving.matching",
     "merge": "models.adapters",
     "NearestPrototype": "heads",
+    "ObjectMatcher": "serving.objects",
     "OpenSetThreshold": "heads",
     "paired_difference": "evaluation.intervals",
     "Preprocess": "types",
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from vicinal.serving.export import export as export
     from vicinal.serving.index import Index as Index
     from vicinal.serving.matching import Matcher as Matcher
+    from vicinal.serving.objects import ObjectMatcher as ObjectMatcher
     from vicinal.training.image_text import ImageTextObjective as ImageTextObjective
     from vicinal.training.loop import fit as fit
     from vicinal.training.objectives import LabelObjective as LabelObjective

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from vicinal.data.images import Cutout
 from vicinal.data.loader import eval_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import eval_transform
@@ -35,6 +37,7 @@ __all__ = [
     "default_cache",
     "embed",
     "embed_classes",
+    "embed_cutouts",
     "embed_text",
     "pick_device",
 ]
@@ -190,6 +193,39 @@ def _compute(
                     progress(done, len(rows))
     finally:
         encoder.train(was_training).to(came_from)
+
+
+def embed_cutouts(
+    encoder: Encoder,
+    cutouts: Iterable[Cutout],
+    *,
+    batch_size: int = 128,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+) -> Float[Tensor, "N D"]:
+    """Embed pictures that are in memory: what `embed` gives for the same pixels, up to rounding.
+
+    Args:
+        encoder: left on the device and in the mode it came in.
+        cutouts: N of them, taken `batch_size` at a time; see `data.images.decode` and `Cutout.whole`.
+        batch_size: how many are held, resized, at once.
+        device: "auto", "cpu", "cuda:0", …
+        precision: of the encoder's arithmetic; vectors are float32.
+    """
+    target = pick_device(str(device))
+    dtype = autocast_dtype(precision, target)
+    view = eval_transform(encoder.preprocess).view
+    was_training, came_from = encoder.training, next(encoder.parameters()).device
+    encoder.eval().to(target)
+    parts, left = [torch.zeros(0, encoder.embedding_dim)], iter(cutouts)
+    try:
+        with plain_attention(encoder, target.type == "cpu" and dtype == torch.bfloat16):
+            while batch := [view(cutout) for cutout in islice(left, batch_size)]:
+                images = torch.stack(batch).contiguous(memory_format=torch.channels_last)
+                parts.append(_encode(encoder, images.to(target), dtype))
+    finally:
+        encoder.train(was_training).to(came_from)
+    return torch.cat(parts)
 
 
 @torch.inference_mode()

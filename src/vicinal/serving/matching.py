@@ -206,8 +206,16 @@ class Matcher:
                 "more unknown things will be accepted than its rate says; fit it with as many",
                 stacklevel=2,
             )
+        return self.with_threshold(rule.threshold_)
+
+    def with_threshold(self, threshold: float | None) -> Matcher:
+        """The same matcher with another threshold t, not checked against anything. Those of single classes stay.
+
+        Args:
+            threshold: a score, or None: any is enough.
+        """
         matcher = copy.copy(self)
-        matcher.threshold = rule.threshold_
+        matcher.threshold = None if threshold is None else float(threshold)
         matcher._limit()
         return matcher
 
