@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,3 +110,60 @@ def test_import_stays_light() -> None:
     code = f"import sys, vicinal, vicinal.cli; print([m for m in '{heavy}'.split() if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_index_is_made_asked_and_changed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VICINAL_CACHE", str(tmp_path / "cache"))
+    shelf, answers = tmp_path / "x.index", tmp_path / "found.json"
+
+    def ask(*words: object) -> list[dict[str, Any]]:
+        assert vicinal(monkeypatch, "search", shelf, *words, "--json", answers) == 0
+        return list(json.loads(answers.read_text()))
+
+    assert vicinal(monkeypatch, "index", "vicinal:nano", photos, "--out", shelf, "--size", 32) == 0
+    assert "60 items of 10 classes" in capsys.readouterr().out
+    picture = photos / "ellipse-00" / "0.png"
+    (found,) = ask(picture, "-k", 3)
+    assert found["query"] == picture.as_posix()
+    assert found["neighbours"][0] == {
+        "id": "ellipse-00/0.png",
+        "class": "ellipse-00",
+        "score": pytest.approx(1, abs=1e-3),
+    }
+    assert len(found["neighbours"]) == 3
+    assert "ellipse-00/0.png" in capsys.readouterr().out
+    assert [one["query"] for one in ask("--text", "a cross", "--text", "an ellipse")] == ["a cross", "an ellipse"]
+    for size, status in ((32, 0), (48, 2)):  # vectors of another input size are another model's
+        words = ("embed", "vicinal:nano", photos / "cross-03", "--out", tmp_path / "v.safetensors", "--size", size)
+        shutil.rmtree(tmp_path / "lone", ignore_errors=True)
+        lone = shutil.copytree(photos / "cross-03", tmp_path / "lone" / "cross-03").parent
+        assert vicinal(monkeypatch, *words[:2], lone, *words[3:]) == 0
+        assert (
+            vicinal(monkeypatch, "search", shelf, "--vectors", tmp_path / "v.safetensors", "--json", answers) == status
+        )
+        capsys.readouterr()
+    assert len(json.loads(answers.read_text())) == 6
+
+    one = "ellipse-00/0.png"
+    assert vicinal(monkeypatch, "index", "--out", shelf, "--remove", one) == 0
+    assert ask(picture, "-k", 1)[0]["neighbours"][0]["id"] != one
+    assert vicinal(monkeypatch, "index", "--out", shelf, "--remove", one) == 2
+    assert "not in the index" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(picture, bare / "new.png")
+    assert vicinal(monkeypatch, "index", "vicinal:nano", bare, "--out", shelf, "--add", "--size", 32) == 0
+    assert ask(picture, "-k", 1)[0]["neighbours"][0] == {
+        "id": "new.png",
+        "class": None,
+        "score": pytest.approx(1, abs=1e-3),
+    }
+    assert vicinal(monkeypatch, "index", "vicinal:nano", bare, "--out", shelf, "--add", "--size", 48) == 2
+    assert "holds vectors of the model" in capsys.readouterr().err
+    assert vicinal(monkeypatch, "index", "vicinal:nano", photos, "--out", shelf) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert vicinal(monkeypatch, "search", shelf) == 2
+    assert "one of them" in capsys.readouterr().err
+    assert vicinal(monkeypatch, "search", shelf, picture, "--model", "timm:no_such_model") == 2

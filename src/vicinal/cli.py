@@ -125,8 +125,9 @@ def embed(
     from vicinal.run import bring_path, open_uri
 
     _, manifest = bring_path(source, _pairs(columns))
-    embeddings = embed_manifest(open_uri(model, size=size), manifest, cache=default_cache(), device=device)
-    embeddings.save(out)
+    encoder = open_uri(model, size=size)
+    embeddings = embed_manifest(encoder, manifest, cache=default_cache(), device=device)
+    embeddings.save(out, fingerprint=encoder.fingerprint())
     print(f"{out}: {len(embeddings):,} vectors of {embeddings.vectors.shape[1]} numbers")
 
 
@@ -203,6 +204,95 @@ def export(
     card = {"results": sides} if sides else None
     folder = export_encoder(open_uri(model), out, format=format, tolerance=tolerance, card=card)
     print(push_to_hub(folder, push) if push else folder)
+
+
+@app.command()
+def index(
+    model: Annotated[str | None, typer.Argument(help="The model; left out where something is only removed.")] = None,
+    source: Annotated[Path | None, typer.Argument(help="The pictures: a folder, table, COCO, VOC.")] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="The .index file to write.")],
+    add: Annotated[bool, typer.Option("--add", help="Add to what is in the file.")] = False,
+    remove: Annotated[list[str] | None, typer.Option(help="Take this item out of the file; give several.")] = None,
+    faiss: Annotated[str | None, typer.Option(help="Approximate, by a recipe of faiss: HNSW32. Else exact.")] = None,
+    size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    device: str = "auto",
+    columns: Columns = None,
+) -> None:
+    """Embed pictures into one file to search in; add to it, or take out of it."""
+    from vicinal.embedding import default_cache
+    from vicinal.embedding import embed as embed_manifest
+    from vicinal.run import bring_pictures, open_uri
+    from vicinal.serving.index import Index
+
+    if not remove and (model is None or source is None):
+        raise InputError("name the model and the pictures; or --remove ID, to take something out")
+    if out.exists() and not (add or remove):
+        raise InputError(f"{out} exists already; --add to it, or name another with --out")
+    found = Index.load(out) if add or remove else None
+    if remove:
+        assert found is not None
+        found.remove(remove)
+    if model is not None and source is not None:
+        encoder = open_uri(model, size=size)
+        fingerprint = encoder.fingerprint()
+        found = found or Index(fingerprint, faiss=faiss, about={"model": model, "size": size})
+        manifest = bring_pictures([source], _pairs(columns))
+        embeddings = embed_manifest(encoder, manifest, cache=default_cache(), device=device)
+        found.add(embeddings, fingerprint=fingerprint)
+    assert found is not None
+    print(f"{found.save(out)}: {len(found):,} items of {len(found.classes):,} classes, {found.dim} numbers each")
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="What `vicinal index` wrote.")],
+    queries: Annotated[list[Path] | None, typer.Argument(help="Image files, or one folder or table.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="Ask in words; give several.")] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Ask by vectors that `vicinal embed` wrote.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many neighbours.", min=1)] = 5,
+    model: Annotated[str | None, typer.Option(help="Where the index's model is, if it has moved.")] = None,
+    device: str = "auto",
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the neighbours here as well.")] = None,
+) -> None:
+    """Find the nearest items of an index: by picture, by words, by vectors."""
+    from vicinal.embedding import default_cache, embed_text
+    from vicinal.embedding import embed as embed_manifest
+    from vicinal.run import bring_pictures, open_uri
+    from vicinal.serving.index import Index
+    from vicinal.types import Embeddings
+
+    if sum(map(bool, (queries, text, vectors))) != 1:
+        raise InputError("ask by pictures, by --text or by --vectors: one of them")
+    found = Index.load(index)
+    if vectors is not None:
+        asked = Embeddings.load(vectors)
+        vector, fingerprint, names = asked.vectors, Embeddings.fingerprint_in(vectors), list(asked.ids)
+    else:
+        uri, size = model or found.about.get("model"), found.about.get("size")
+        if uri is None:
+            raise InputError(f"{index} does not say where its model is; name it by --model")
+        encoder = open_uri(str(uri), size=None if size is None else int(size))
+        fingerprint = encoder.fingerprint()
+        if text:
+            vector, names = embed_text(encoder, text, device=device), text
+        else:
+            asked = embed_manifest(encoder, bring_pictures(queries or []), cache=default_cache(), device=device)
+            vector, names = asked.vectors, list(asked.ids)
+    scores, rows = found.neighbours(vector, k, fingerprint=fingerprint)
+    answers = []
+    for name, near, cosines in zip(names, rows.tolist(), scores.tolist(), strict=True):
+        print(name)
+        neighbours: list[dict[str, Any]] = []
+        for row, cosine in zip(near, cosines, strict=True):
+            if row >= 0:  # faiss may leave a place empty
+                label = int(found.labels[row])
+                kind = None if label < 0 else found.classes[label]
+                neighbours.append({"id": found.ids[row], "class": kind, "score": round(cosine, 6)})
+                print(f"  {len(neighbours):3}  {cosine:.3f}  {kind or '-'}  {found.ids[row]}")
+        answers.append({"query": name, "neighbours": neighbours})
+    if json_out:
+        json_out.write_text(json.dumps(answers, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @app.command()

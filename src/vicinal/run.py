@@ -32,7 +32,7 @@ from vicinal.data.check import leaks
 from vicinal.data.division import Division, Part, divide
 from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
-from vicinal.data.manifest import Manifest
+from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.samplers import HardClassSampler, PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_table, read_voc
 from vicinal.data.transforms import train_transform
@@ -86,6 +86,7 @@ __all__ = [
     "Texts",
     "bring",
     "bring_path",
+    "bring_pictures",
     "environment",
     "evaluate",
     "load_scores",
@@ -343,6 +344,24 @@ def bring_path(
     if path.suffix == ".json":
         return "coco", read_coco(path, check_files=check_files)
     return "table", read_table(path, columns=columns or {}, check_files=check_files)
+
+
+def bring_pictures(
+    paths: Sequence[str | Path], columns: Mapping[str, str] | None = None, *, check_files: bool = True
+) -> Manifest:
+    """Image files, or one source of them, labelled or not: a folder with no folders in it has no classes.
+
+    Raises:
+        InputError: as in `bring_path`; a file is missing.
+    """
+    here = [Path(path).expanduser() for path in paths]
+    if len(here) == 1 and here[0].is_dir() and not any(p.is_dir() for p in here[0].iterdir()):
+        return read_folder(here[0], labels=False)
+    if len(here) == 1 and (here[0].is_dir() or here[0].suffix.lower() not in IMAGE_ENDINGS):
+        return bring_path(here[0], columns, check_files=check_files)[1]
+    files = Manifest.build({"image": [path.absolute().as_posix() for path in here]}, Path.cwd(), name="the pictures")
+    files.refuse_missing("the pictures")
+    return files
 
 
 def _holds_voc(folder: Path) -> bool:

@@ -92,11 +92,17 @@ class Embeddings:
         ids = tuple(self.ids[i] for i in rows.tolist())
         return Embeddings(self.vectors[rows], self.labels[rows], ids, self.classes)
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; ids and class names stand in its metadata."""
+    def save(self, path: str | Path, *, fingerprint: str | None = None) -> None:
+        """Write one safetensors file; ids and class names stand in its metadata.
+
+        Args:
+            path: the file.
+            fingerprint: of the model, `Encoder.fingerprint()`, so that an index can tell whose vectors these are.
+        """
         from safetensors.torch import save_file
 
         metadata = {"ids": json.dumps(self.ids), "classes": json.dumps(self.classes)}
+        metadata |= {"fingerprint": fingerprint} if fingerprint else {}
         save_file({"vectors": self.vectors.contiguous(), "labels": self.labels.contiguous()}, path, metadata)
 
     @classmethod
@@ -116,6 +122,23 @@ class Embeddings:
         except (OSError, KeyError, SafetensorError) as error:
             raise InputError(f"{path} is not a file of embeddings ({error}); make one with `vicinal embed`") from error
         return cls(vectors, labels, ids, classes)
+
+    @staticmethod
+    def fingerprint_in(path: str | Path) -> str:
+        """The model that a file of embeddings is of.
+
+        Raises:
+            InputError: the file is none, or does not say.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return str((file.metadata() or {})["fingerprint"])
+        except (OSError, KeyError, SafetensorError) as error:
+            raise InputError(
+                f"{path} does not say which model its vectors are of ({error}); write it with `vicinal embed`"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

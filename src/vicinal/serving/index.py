@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -108,6 +108,7 @@ class Index:
         faiss: None searches exactly. Else a recipe of faiss's index_factory, "HNSW32" or "IVF1024,PQ32" say: faster on
             millions of items, and approximate. It needs faiss-cpu, is built at the first search after a change, and is
             saved within the file.
+        about: whatever else goes into the file and back, such as where the model is found.
 
     >>> index = Index("abc")
     >>> vectors = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), dim=1)
@@ -117,9 +118,12 @@ class Index:
     ([('b.png',)], 'dog')
     """
 
-    def __init__(self, fingerprint: str, *, faiss: str | None = None) -> None:
+    def __init__(
+        self, fingerprint: str, *, faiss: str | None = None, about: Mapping[str, str | int | None] | None = None
+    ) -> None:
         self.fingerprint = fingerprint
         self.faiss = faiss
+        self.about = dict(about or {})
         self._vectors = [torch.zeros(0, 0)]  # joined at the next use, so that many additions cost what one does
         self._labels = [torch.zeros(0, dtype=torch.long)]
         self._ids: Names | list[str] = []
@@ -365,7 +369,7 @@ class Index:
             tensors["faiss"] = torch.from_numpy(faiss.serialize_index(self._faiss()))
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        notes = {"schema": SCHEMA, "fingerprint": self.fingerprint, "faiss": self.faiss}
+        notes = {"schema": SCHEMA, "fingerprint": self.fingerprint, "faiss": self.faiss, "about": self.about}
         try:
             save_file(tensors, part, {"index": json.dumps(notes)})
             part.replace(path)
@@ -387,7 +391,7 @@ class Index:
                 notes = json.loads((file.metadata() or {})["index"])
                 if notes["schema"] != SCHEMA:
                     raise InputError(f"{path} is of another version ({notes['schema']}): make it anew")
-                index = cls(notes["fingerprint"], faiss=notes["faiss"])
+                index = cls(notes["fingerprint"], faiss=notes["faiss"], about=notes.get("about"))
                 index._vectors, index._labels = [file.get_tensor("vectors")], [file.get_tensor("labels")]
                 index._ids = Names(file.get_tensor("ids.letters"), file.get_tensor("ids.ends"))
                 index._classes = Names(file.get_tensor("classes.letters"), file.get_tensor("classes.ends"))
