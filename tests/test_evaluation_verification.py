@@ -11,7 +11,13 @@ from sklearn.metrics import roc_curve
 from torch.nn.functional import normalize
 
 from vicinal.evaluation import verification as module
-from vicinal.evaluation.verification import calibrate, decisions, similarities, verification
+from vicinal.evaluation.verification import (
+    calibrate,
+    decision_differences,
+    decisions,
+    similarities,
+    verification,
+)
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.types import Embeddings, InputError
 
@@ -153,6 +159,30 @@ def test_decisions_are_the_loops_and_their_intervals_explicit_resampling():
         estimate = metrics[name]
         assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.15 * (high - low))
         assert (estimate.n, estimate.queries) == (20, 120)
+
+
+def test_differences_of_decisions_draw_the_same_classes_for_both():
+    scores, right, enrolled, units = answers()
+    better = scores + 0.1 * right
+    found = decision_differences(
+        (scores, right), (better, right), units, thresholds=(0.5, 0.55), enrolled=enrolled, seed=3
+    )
+    both = [(scores, 0.5), (better, 0.55)]
+    before, after = (decisions(s, right, units, threshold=t, enrolled=enrolled, seed=3) for s, t in both)
+    for name, estimate in found.items():
+        assert estimate.value == pytest.approx(after[name].value - before[name].value)
+    rng, drawn = np.random.default_rng(1), []
+    for _ in range(2000):
+        rows = np.concatenate([np.flatnonzero(units.numpy() == u) for u in rng.integers(20, size=20)])
+        one, other = (
+            by_hand(s[rows].tolist(), right[rows].tolist(), enrolled[rows].tolist(), t)["f1"] for s, t in both
+        )
+        drawn.append(other - one)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    assert (found["f1"].low, found["f1"].high) == pytest.approx((low, high), abs=0.15 * (high - low))
+    assert found["f1"].high - found["f1"].low < before["f1"].high - before["f1"].low
+    with pytest.raises(InputError, match="enrolled is needed"):
+        decision_differences((scores, right), (better, right), units, thresholds=(0.5, 0.5))
 
 
 @pytest.mark.parametrize("rate", [None, 0.3], ids=["f1", "rate"])

@@ -36,7 +36,7 @@ from vicinal.heads.calibration import Curve, OpenSetThreshold, curve
 from vicinal.heads.support import as_numpy
 from vicinal.types import Embeddings, Estimate, InputError, Metrics
 
-__all__ = ["Similarities", "calibrate", "decisions", "similarities", "verification"]
+__all__ = ["Similarities", "calibrate", "decision_differences", "decisions", "similarities", "verification"]
 
 WIDTH = 0.001  # of a bin of cosines
 BINS = 2001  # the first begins at -1; the last holds 1 alone
@@ -244,19 +244,53 @@ def decisions(
     (0.5, 0.5)
     """
     tables = _per_unit(scores, right, units, enrolled, threshold)
+    return _estimates(lambda weights: _rates(weights, tables), len(tables), len(units), resamples, seed, width=1)
+
+
+def decision_differences(
+    before: tuple[ArrayLike, ArrayLike],
+    after: tuple[ArrayLike, ArrayLike],
+    units: Int[Tensor, "Q"],
+    *,
+    thresholds: tuple[float, float],
+    enrolled: ArrayLike | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Metrics:
+    """What a second model changes: each metric of `decisions`, after - before, on the same queries.
+
+    Each resample draws the same classes for both, so what makes a class hard for both cancels.
+
+    Args:
+        before: scores and `right` of the one, "Q" each, as in `decisions`.
+        after: of the other, for the same queries in the same order.
+        units: as in `decisions`.
+        thresholds: of the one and of the other, each fitted on other classes.
+        enrolled: as in `decisions`, one for both; needed, since `right` differs between the two.
+        resamples: of the bootstrap.
+        seed: of the resampling.
+
+    Raises:
+        InputError: as in `decisions`; no `enrolled`.
+
+    >>> units, enrolled = torch.arange(2), [True, True]
+    >>> one, other = ([0.9, 0.2], [True, True]), ([0.9, 0.8], [True, True])
+    >>> found = decision_differences(one, other, units, thresholds=(0.5, 0.5), enrolled=enrolled)
+    >>> found["recall"].value
+    0.5
+    """
+    if enrolled is None:
+        raise InputError("enrolled is needed to compare two models: say of each query whether its class has references")
+    tables = [
+        _per_unit(scores, right, units, enrolled, threshold)
+        for (scores, right), threshold in zip((before, after), thresholds, strict=True)
+    ]
 
     def values(weights: Float[np.ndarray, "R U"]) -> Values:
-        tp, fp, impostors, known, strangers = (weights @ tables).T
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return {
-                "precision": tp / (tp + fp),
-                "recall": tp / known,
-                "f1": 2 * tp / (tp + fp + known),
-                "fpir": impostors / strangers,
-                "fnir": 1 - tp / known,
-            }
+        one, other = (_rates(weights, table) for table in tables)
+        return {name: other[name] - one[name] for name in one}
 
-    return _estimates(values, len(tables), len(units), resamples, seed, width=1)
+    return _estimates(values, len(tables[0]), len(units), resamples, seed, width=1)
 
 
 def calibrate(
@@ -330,6 +364,19 @@ def _estimates(
         low, high = np.percentile(many, LEVELS) if len(many) else (np.nan, np.nan)
         found[name] = Estimate(float(value[0]), float(low), float(high), n=units, queries=queries)
     return found
+
+
+def _rates(weights: Float[np.ndarray, "R U"], tables: Float[np.ndarray, "U 5"]) -> Values:
+    """The metrics of `decisions`, of classes that count so often."""
+    tp, fp, impostors, known, strangers = (weights @ tables).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            "precision": tp / (tp + fp),
+            "recall": tp / known,
+            "f1": 2 * tp / (tp + fp + known),
+            "fpir": impostors / strangers,
+            "fnir": 1 - tp / known,
+        }
 
 
 def _bin(cosine: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
