@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,11 @@ from vicinal.data.sources import (
     read_coco,
     read_folder,
     read_hub,
+    read_shards,
     read_table,
     read_voc,
     write_coco,
+    write_shards,
     write_table,
     write_voc,
 )
@@ -141,6 +145,25 @@ def as_hub_parquet(true: Manifest, work: Path) -> Manifest:
     return read_hub(work / "hub", cache_dir=work / "cache")
 
 
+def as_shards(true: Manifest, work: Path) -> Manifest:
+    write_shards(true, work / "shards" / "part_%03d.tar", items=5, seed=None)
+    return read_shards(work / "shards" / "part_{000..002}.tar")
+
+
+def as_foreign_shards(true: Manifest, work: Path) -> Manifest:
+    """By another tool: folders in the tar, `./` before the names, the label in `.cls`."""
+    for shard in range(3):
+        with tarfile.open(work / f"{shard}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            for row in range(4 * shard, 4 * shard + 4):
+                picture = true.path(row)
+                tar.add(picture, f"./{'deep/' * 30}{row:04d}{picture.suffix.upper()}")
+                label = true.column("label")[row].encode()
+                info = tarfile.TarInfo(f"./{'deep/' * 30}{row:04d}.cls")
+                info.size = len(label)
+                tar.addfile(info, io.BytesIO(label))
+    return read_shards(work)
+
+
 SOURCES: dict[str, Callable[[Manifest, Path], Manifest]] = {
     "folder": lambda true, _: read_folder(true.root),
     "folder through a link": as_folder_of_links,
@@ -161,6 +184,8 @@ SOURCES: dict[str, Callable[[Manifest, Path], Manifest]] = {
     "foreign parquet": as_foreign_parquet,
     "coco": written("out.json", read_coco, write_coco),
     "voc": written("voc", read_voc, write_voc),
+    "shards written": as_shards,
+    "foreign shards": as_foreign_shards,
     "hub, saved to disk": as_hub_on_disk,
     "hub, paths": as_hub_paths,
     "hub, parquet": as_hub_parquet,
@@ -168,7 +193,7 @@ SOURCES: dict[str, Callable[[Manifest, Path], Manifest]] = {
 
 
 def test_every_source_is_here():
-    assert len(SOURCES) == 22
+    assert len(SOURCES) == 24
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:datasets")
@@ -182,13 +207,13 @@ def test_every_source_reads_the_same_twelve_pictures(name: str, twelve: Path, tr
     assert len(set(m.ids())) == 12
     for row in range(12):
         assert torch.equal(m.image(row), true.image(row))
-    if not name.startswith(("hub", "voc")):  # these hold copies
+    if not name.startswith(("hub", "voc", "shards", "foreign shards")):  # these hold copies
         assert [m.path(i).resolve() for i in range(12)] == [true.path(i).resolve() for i in range(12)]
     assert m.image(1).shape == (3, 24, 16), "turned upright"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:datasets")
-@pytest.mark.parametrize("kind", ["folder", "table", "coco", "hub"])
+@pytest.mark.parametrize("kind", ["folder", "table", "coco", "shards", "hub"])
 def test_separate_files_share_their_classes(kind: str, true: Manifest, tmp_path: Path):
     rows = torch.arange(12)
     parts = {"train": rows < 4, "val": (rows >= 4) & (rows < 8), "test": rows >= 8}  # each has one class of its own
@@ -207,10 +232,13 @@ def test_separate_files_share_their_classes(kind: str, true: Manifest, tmp_path:
         elif kind == "coco":
             where[part] = tmp_path / f"{part}.json"
             write_coco(m.compact(), where[part])  # category ids restart at 0 in every file
+        elif kind == "shards":
+            where[part] = tmp_path / f"my {part}"
+            write_shards(m, where[part] / "%d.tar", items=2, seed=None)
         else:
             where[part] = tmp_path / part
             hub_rows(m, inside=True).save_to_disk(where[part])
-    read = {"folder": read_folder, "table": read_table, "coco": read_coco, "hub": read_hub}[kind]
+    read = {"folder": read_folder, "table": read_table, "coco": read_coco, "shards": read_shards, "hub": read_hub}[kind]
     more = {"cache_dir": tmp_path / "cache"} if kind == "hub" else {}
     m = read(where, **more)
     assert m.classes == CLASSES

@@ -34,7 +34,7 @@ def write(tmp_path: Path, content: dict[str, object]) -> Path:
         ({"augment": "lite"}, "did you mean 'light'?"),
         ({"split": {"class_disjoint": {"holdout": 1.5}}}, "split.class_disjoint.holdout"),
         ({"loss": {"arcface": {}, "cosface": {}}}, "exactly one"),
-        ({"data": {"folder": "a", "table": "b"}}, "exactly one of folder, table, coco, voc, hub, benchmark"),
+        ({"data": {"folder": "a", "table": "b"}}, "exactly one of folder, table, coco, voc, shards, hub, benchmark"),
         ({"adapt": []}, "adapt"),
         ({"data": {"folder": "a", "columns": {"label": "x"}}}, "columns has no meaning for data.folder"),
         ({"loss": {"triplet": {}}}, "sampler: {pk:"),

@@ -52,6 +52,7 @@ _HOMES = {
     "read_coco": "data.sources",
     "read_folder": "data.sources",
     "read_hub": "data.sources",
+    "read_shards": "data.sources",
     "read_table": "data.sources",
     "read_voc": "data.sources",
     "Recipe": "recipe",
@@ -60,6 +61,7 @@ _HOMES = {
     "SigLIP": "losses",
     "TipAdapter": "heads",
     "VisualPrompt": "models.adapters",
+    "write_shards": "data.sources",
     "zero_shot": "evaluation.image_text",
 }
 
@@ -73,8 +75,10 @@ if TYPE_CHECKING:
     from vicinal.data.sources import read_coco as read_coco
     from vicinal.data.sources import read_folder as read_folder
     from vicinal.data.sources import read_hub as read_hub
+    from vicinal.data.sources import read_shards as read_shards
     from vicinal.data.sources import read_table as read_table
     from vicinal.data.sources import read_voc as read_voc
+    from vicinal.data.sources import write_shards as write_shards
     from vicinal.embedding import embed as embed
     from vicinal.embedding import embed_classes as embed_classes
     from vicinal.embedding import embed_text as embed_text

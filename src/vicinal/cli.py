@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="`key=value`: overrides of the recipe, and `out=FOLDER`.")]
-Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table, COCO JSON, or VOC.")]
+Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table, COCO JSON, VOC, or shards.")]
 Model = Annotated[
     str, typer.Argument(help="`timm:NAME`, `open_clip:NAME/TAG`, `transformers:ID`, `vicinal:nano`, a folder.")
 ]
@@ -91,20 +91,25 @@ def check(
 def prepare(
     source: Source,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    holdout: Annotated[float, typer.Option(help="Share of the classes held out.")] = 0.2,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of the classes held out; by default 0.2, of shards none.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the shuffle of the sorted classes.")] = 42,
-    format: Annotated[str, typer.Option(help="coco, parquet, or logos: references, scenes and a database.")] = "coco",
+    format: Annotated[
+        str, typer.Option(help="coco, parquet, shards, or logos: references, scenes, a database.")
+    ] = "coco",
     references: Annotated[int, typer.Option(help="Of logos: the most of a brand.")] = 5,
     columns: Columns = None,
 ) -> None:
-    """Write public and holdout tables by ratio and seed; images stay where they are."""
+    """Write public and holdout tables by ratio and seed; images stay where they are, but for shards and logos."""
     from vicinal.data.logos import write_logos
     from vicinal.data.sources import prepare as prepare_manifest
     from vicinal.run import bring_path
 
     _, manifest = bring_path(source, _pairs(columns))
     if format == "logos":
-        print(write_logos(manifest, out, holdout=holdout, seed=seed, references=references))
+        share = 0.2 if holdout is None else holdout
+        print(write_logos(manifest, out, holdout=share, seed=seed, references=references))
         return
     for path in prepare_manifest(manifest, out, holdout=holdout, seed=seed, format=format):
         print(path)

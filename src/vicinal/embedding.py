@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vicinal.data.images import Cutout
+from vicinal.data.images import Cutout, read_bytes
 from vicinal.data.loader import eval_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import eval_transform
@@ -323,8 +323,8 @@ def _row_keys(manifest: Manifest, on_error: str) -> list[str | None]:
 
     def digest(path: Path) -> str | None:
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError:
+            return hashlib.sha256(read_bytes(path)).hexdigest()
+        except InputError:
             return None
 
     with ThreadPoolExecutor(8) as pool:

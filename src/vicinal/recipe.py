@@ -76,6 +76,19 @@ class TrainValTest(_Strict):
     test: str | None = None
 
 
+class Shards(_Strict):
+    """Tars of images and captions, by patterns such as `train_{000000..000260}.tar`: see `read_shards`.
+
+    `train_eval` and `val_eval` name the shards that are looked at while training.
+    """
+
+    train: str | list[str] | None = None
+    val: str | list[str] | None = None
+    test: str | list[str] | None = None
+    train_eval: str | list[str] | None = None
+    val_eval: str | list[str] | None = None
+
+
 class Benchmark(_Strict):
     """A published data set by name, below `root`."""
 
@@ -98,7 +111,7 @@ class Glyphs(_Strict):
 
 
 class Data(_Strict):
-    """Where the images are: exactly one of `folder`, `table`, `coco`, `voc`, `hub`, `benchmark`, `glyphs`.
+    """Where the images are: exactly one of `folder`, `table`, `coco`, `voc`, `shards`, `hub`, `benchmark`, `glyphs`.
 
     `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
     each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
@@ -110,6 +123,7 @@ class Data(_Strict):
     table: str | TrainValTest | None = None
     coco: str | TrainValTest | None = None
     voc: str | TrainValTest | None = None
+    shards: str | list[str] | Shards | None = None
     hub: str | TrainValTest | None = None
     benchmark: Benchmark | None = None
     glyphs: Glyphs | None = None
@@ -126,7 +140,8 @@ class Data(_Strict):
         if len(given) != 1:
             choices = ", ".join(ONE_OF["data"])
             raise ValueError(f"give exactly one of {choices}; found {', '.join(given) or 'none'}")
-        read = {"table": {"columns", "root"}, "coco": {"root"}, "hub": {"columns"}}.get(given[0], set())
+        mapped = {"hub": {"columns"}, "shards": {"columns"}}
+        read = ({"table": {"columns", "root"}, "coco": {"root"}} | mapped).get(given[0], set())
         for key in ("columns", "root"):
             if getattr(self, key) and key not in read:
                 raise ValueError(f"{key} has no meaning for data.{given[0]}; leave it out")
@@ -268,7 +283,7 @@ else:
     Adapter = _one_of("Adapter", ADAPTERS)
 
 ONE_OF: dict[str, tuple[str, ...]] = {
-    "data": ("folder", "table", "coco", "voc", "hub", "benchmark", "glyphs"),
+    "data": ("folder", "table", "coco", "voc", "shards", "hub", "benchmark", "glyphs"),
     "split": tuple(Split.model_fields),
     "sampler": tuple(Sampler.model_fields),
     "loss": tuple(Loss.model_fields),

@@ -34,7 +34,7 @@ from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.samplers import HardClassSampler, PKSampler, ShuffleSampler
-from vicinal.data.sources import read_coco, read_folder, read_hub, read_table, read_voc
+from vicinal.data.sources import read_coco, read_folder, read_hub, read_shards, read_table, read_voc
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
@@ -69,7 +69,7 @@ from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
-from vicinal.recipe import PK, Data, HardClass, Recipe, Sampler, TrainValTest
+from vicinal.recipe import PK, Data, HardClass, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers, lock
@@ -172,7 +172,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
             "val_images": int(division.val.sum()),
             "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()},
             "skipped": ground.skipped,
-            "notes": list(division.notes),
+            "notes": [*manifest.notes, *division.notes],
         },
         "training": facts[0],
         "model": {
@@ -300,7 +300,7 @@ def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None
 def bring(data: Data) -> Manifest:
     """The manifest that a recipe's `data` names."""
     kind, where = data.source
-    if isinstance(where, TrainValTest):
+    if isinstance(where, TrainValTest | Shards):
         where = {name: path for name, path in where.model_dump().items() if path is not None}
     all_there = data.on_error == "raise"
     match kind:
@@ -314,6 +314,8 @@ def bring(data: Data) -> Manifest:
             manifest = read_voc(where, on_error=data.on_error)
         case "hub":
             manifest = read_hub(where, columns=data.columns)
+        case "shards":
+            manifest = read_shards(where, columns=data.columns, on_error=data.on_error)
         case "glyphs":
             manifest = load_glyphs(**where.model_dump())
         case _:
@@ -331,12 +333,14 @@ def bring(data: Data) -> Manifest:
 def bring_path(
     path: str | Path, columns: Mapping[str, str] | None = None, *, check_files: bool = True
 ) -> tuple[str, Manifest]:
-    """The manifest at a path, by what stands there: a folder, a COCO file, or a table. Returns its kind with it.
+    """The manifest at a path, by what stands there: a folder, shards, a COCO file, a table. Returns its kind with it.
 
     Raises:
         InputError: nothing is there, or nothing that is known.
     """
     path = Path(path).expanduser()
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        return "shards", read_shards(path, columns=columns or {}, on_error="raise" if check_files else "skip")
     if path.is_dir() and _holds_voc(path):
         return "voc", read_voc(path)
     if path.is_dir():

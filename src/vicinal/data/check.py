@@ -81,7 +81,7 @@ class Findings:
         tiny: classes with fewer than five images, but more than one.
         spelling: names of classes that differ only in case, blanks, - or _.
         faults: what else is wrong with the table.
-        notes: what was not looked at.
+        notes: what was left out when the data was read, and what was not looked at.
     """
 
     images: int
@@ -248,7 +248,7 @@ def check(
         tiny=tuple(c for c, n in zip(manifest.classes, sizes, strict=True) if 1 < n < TINY),
         spelling=_spelling(manifest.classes),
         faults=tuple(faults),
-        notes=tuple(notes),
+        notes=(*manifest.notes, *notes),
     )
 
 

@@ -6,6 +6,9 @@ the resize that follows, such an image differs from the full decode by as little
 levels), *provided* that its edges are kept exact: 1199 pixels halved are 599.5, not 600, and the half pixel that this
 shifts the far edge by costs ten times as much cosine. So `decode` returns the exact edges with the pixels.
 
+An image may lie inside an uncompressed tar. Its path then ends in the place: `shard.tar/cat/0001.jpg#1536+20311` are
+20,311 bytes from byte 1536 of `shard.tar` on. Here, in `read_bytes`, is the one place that knows.
+
 Letters: H, W height and width in pixels, after the rotation that EXIF asks for; h, w those of the pixels in memory.
 """
 
@@ -13,6 +16,8 @@ from __future__ import annotations
 
 import io
 import math
+import posixpath
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,13 +35,29 @@ from torchvision.transforms.v2 import functional as tv
 
 from vicinal.types import InputError
 
-__all__ = ["MAX_PIXELS", "OVERSAMPLING", "Cutout", "decode", "image_size", "pixel_box", "read_image"]
+__all__ = [
+    "IN_TAR",
+    "MAX_PIXELS",
+    "OVERSAMPLING",
+    "Cutout",
+    "Member",
+    "decode",
+    "image_size",
+    "pixel_box",
+    "read_bytes",
+    "read_image",
+]
 
 MAX_PIXELS: Final = 178_956_970
 """Larger images are refused before they are decoded. The number at which Pillow refuses, too: 0.5 GB of RGB bytes."""
 
 OVERSAMPLING: Final = 2
 """How many times larger than needed a JPEG stays when it is decoded at a fraction of its size."""
+
+IN_TAR: Final = r"^(.*\.tar)[/\\](.+)#([0-9]+)\+([0-9]+)$"
+"""The path of a file inside a tar: that of the tar, the file's name there, its first byte, and how many there are."""
+
+_TAR_BLOCK: Final = 512
 
 # The EXIF orientations (1 is upright) that exchange height and width, and those that mirror left and right, or top and
 # bottom, once that is done. EXIF 2.32, section 4.6.5.
@@ -45,6 +66,72 @@ _MIRRORED_X: Final = frozenset({2, 3, 6, 7})
 _MIRRORED_Y: Final = frozenset({3, 4, 7, 8})
 _EXIF_ORIENTATION: Final = 0x0112
 _MODES: Final = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+class Member(NamedTuple):
+    """A file inside an uncompressed tar.
+
+    Args:
+        tar: the path of the tar.
+        name: the file's name there, without a leading `./`.
+        offset: of its first byte in the tar.
+        size: in bytes.
+
+    >>> Member.of("shards/a.tar/0001.jpg#1536+20311")
+    Member(tar='shards/a.tar', name='0001.jpg', offset=1536, size=20311)
+    >>> Member("a.tar", "0001.jpg", 1536, 20311).path
+    'a.tar/0001.jpg#1536+20311'
+    >>> Member.of("photos/0001.jpg") is None
+    True
+    """
+
+    tar: str
+    name: str
+    offset: int
+    size: int
+
+    @classmethod
+    def of(cls, path: str | Path) -> Member | None:
+        """The member that a path names; None for an ordinary path."""
+        text = str(path)
+        if ".tar" not in text or (found := _PLACE.match(text)) is None:
+            return None
+        tar, name, offset, size = found.groups()
+        return cls(tar, name, int(offset), int(size))
+
+    @property
+    def path(self) -> str:
+        """The path that `of` takes apart."""
+        return f"{self.tar}/{self.name}#{self.offset}+{self.size}"
+
+    def read(self, count: int = -1) -> bytes:
+        """Its first `count` bytes, -1: all.
+
+        Raises:
+            OSError: the tar is not there.
+            InputError: what lies at this place is not this file: the tar was written anew since.
+        """
+        wanted = self.size if count < 0 else min(count, self.size)
+        with open(self.tar, "rb") as file:  # noqa: PTH123  (as in read_bytes)
+            file.seek(self.offset - _TAR_BLOCK)
+            data = file.read(_TAR_BLOCK + wanted)
+        if len(data) < _TAR_BLOCK + wanted or not self._headed_by(data[:_TAR_BLOCK]):
+            raise InputError(
+                f"{self.path}: {self.tar} was written anew or cut since it was read; read the shards again"
+            )
+        return data[_TAR_BLOCK:]
+
+    def _headed_by(self, header: bytes) -> bool:
+        """Whether the header before the bytes is this file's, as far as it tells (long names stand elsewhere)."""
+        size, name = header[124:135], header[:100].split(b"\0", 1)[0]
+        if size.isdigit() and int(size, 8) != self.size:
+            return False
+        if len(name) >= 99 or not self.name.isascii():
+            return True
+        return posixpath.basename(name.decode("utf-8", "replace")) == posixpath.basename(self.name.replace("\\", "/"))
+
+
+_PLACE: Final = re.compile(IN_TAR)
 
 
 class Cutout(NamedTuple):
@@ -137,7 +224,7 @@ def decode(
     >>> photo.size, tuple(photo.pixels.shape), photo.edges
     ((801, 1000), (3, 201, 250), (0.0, 0.0, 250.0, 200.25))
     """
-    data = _bytes_of(path)
+    data = read_bytes(path)
     jpeg = _jpeg_header(data)
     found = None if jpeg is None else _decode_jpeg(data, jpeg, path, box, padding, at_least)
     return found or _decode_pillow(data, path, box, padding)
@@ -177,16 +264,16 @@ def image_size(path: str | Path) -> tuple[int, int]:
     ...     image_size(f"{folder}/a.jpg")
     (30, 40)
     """
-    head = _bytes_of(path, 1 << 16)
+    head = read_bytes(path, 1 << 16)
     # The size stands behind the EXIF block, which may hold a thumbnail of 64 kB.
-    jpeg = _jpeg_header(head) or (_jpeg_header(_bytes_of(path)) if head[:2] == b"\xff\xd8" else None)
+    jpeg = _jpeg_header(head) or (_jpeg_header(read_bytes(path)) if head[:2] == b"\xff\xd8" else None)
     if jpeg is not None:
         height, width, sideways = jpeg.height, jpeg.width, jpeg.orientation in _SIDEWAYS
     else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
+                with Image.open(io.BytesIO(read_bytes(path))) as image:
                     width, height = image.size
                     sideways = image.getexif().get(_EXIF_ORIENTATION) in _SIDEWAYS
         except Exception as error:  # on a broken header Pillow raises what its parsers happen to meet
@@ -234,8 +321,29 @@ def _whole(low: float, high: float, length: int) -> tuple[int, int]:
     return first, min(max(round(high), first + 1), length)
 
 
-def _bytes_of(path: str | Path, count: int = -1) -> bytes:
+def read_bytes(path: str | Path, count: int = -1) -> bytes:
+    """The bytes of an image file, wherever it lies: on the disk, or inside a tar (see `Member`).
+
+    Args:
+        path: of the file.
+        count: how many, from the first on; -1: all.
+
+    Raises:
+        InputError: it is not there.
+
+    >>> import tarfile, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with tarfile.open(f"{folder}/a.tar", "w") as tar:
+    ...         note = tarfile.TarInfo("note.txt")
+    ...         note.size = 5
+    ...         tar.addfile(note, io.BytesIO(b"hello"))
+    ...     read_bytes(f"{folder}/a.tar/note.txt#512+5")
+    b'hello'
+    """
     try:
+        member = Member.of(path)
+        if member is not None:
+            return member.read(count)
         with open(path, "rb") as file:  # noqa: PTH123  (half the time of Path.open, and this is once an image)
             return file.read(count)
     except OSError as error:

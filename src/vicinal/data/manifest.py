@@ -3,7 +3,7 @@
 Letters: N rows, C classes. A row is one picture, or one box of a picture. Columns (only `image` and
 `label` are always there):
 
-    image   str    path, relative to `root` (or absolute), with forward slashes
+    image   str    path, relative to `root` (or absolute), with forward slashes; inside a tar, see `images.Member`
     label   str    name of the class; empty in every row where the data has no labels
     text    str    a caption
     captions       a list of captions, of which training draws one each time; evaluation takes `text`
@@ -33,7 +33,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from vicinal.data.images import read_image
+from vicinal.data.images import IN_TAR, read_image
 from vicinal.types import InputError
 
 __all__ = ["Manifest", "box_array", "box_values", "row_list", "split_word"]
@@ -61,6 +61,7 @@ class Manifest:
         root: the folder that relative image paths start from.
         classes: C names; a row's label is a position in this tuple.
         padding: by which share of its longer side each box is widened on every side before the picture is cut.
+        notes: what was left out or found odd while reading, a sentence each.
 
     >>> m = Manifest.build({"image": ["a.png", "b.png", "c.png"], "label": [10, 9, 10]}, "photos")
     >>> m.classes, m.labels().tolist(), m.ids()
@@ -71,6 +72,7 @@ class Manifest:
     root: Path
     classes: tuple[str, ...]
     padding: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def build(
@@ -183,7 +185,7 @@ class Manifest:
         Raises:
             InputError: a row's class is not among them.
         """
-        return Manifest.build(self.table, self.root, classes=classes, padding=self.padding)
+        return replace(Manifest.build(self.table, self.root, classes=classes, padding=self.padding), notes=self.notes)
 
     def with_padding(self, padding: float) -> Manifest:
         """The same rows, each box widened by this share of its longer side when the picture is read."""
@@ -233,7 +235,8 @@ class Manifest:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise InputError(f"the sources of {', '.join(parts)} have columns of different kinds ({error})") from error
-        return cls.build(table, root, name=f"{', '.join(parts)} together")
+        notes = tuple(note for manifest in parts.values() for note in manifest.notes)
+        return replace(cls.build(table, root, name=f"{', '.join(parts)} together"), notes=notes)
 
     def rebased(self, root: str | Path) -> Manifest:
         """The same images, with paths that start from another folder."""
@@ -247,8 +250,11 @@ class Manifest:
         return replace(self, root=root, table=self.table.set_column(self.names().index("image"), "image", images))
 
     def missing(self) -> Bool[Tensor, "N"]:
-        """Rows whose image file does not exist. Folders are listed once each, so that a million files take seconds."""
-        files = self.table["image"]
+        """Rows whose image file does not exist. Folders are listed once each, so that a million files take seconds.
+
+        Of an image inside a tar, the tar is looked for.
+        """
+        files = pc.replace_substring_regex(self.table["image"], IN_TAR, r"\1")
         if len(self) <= 2000:
             there = [Path(self.root, file).is_file() for file in files.to_pylist()]
             return ~torch.tensor(there, dtype=torch.bool)
@@ -263,7 +269,7 @@ class Manifest:
         # a listing may spell a name otherwise than the disk takes it (case, accents): ask again, file by file
         doubtful = absent & pc.is_in(folders, value_set=pa.array(list(listed), pa.string())).to_numpy()
         for row in np.flatnonzero(doubtful).tolist():
-            absent[row] = not self.path(row).is_file()
+            absent[row] = not Path(self.root, files[row].as_py()).is_file()
         return torch.from_numpy(absent)
 
     def refuse_missing(self, name: str = "the table", *, hint: str = "root") -> None:

@@ -1,4 +1,4 @@
-"""Readers and writers: from a folder, a table, COCO, VOC or a Hub data set as it is to a Manifest, and back.
+"""Readers and writers: from a folder, a table, COCO, VOC, shards or a Hub data set as it is to a Manifest, and back.
 
 Letters: N rows, C classes.
 
@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from vicinal.data.coco import read_coco, write_coco
 from vicinal.data.hub import read_hub
 from vicinal.data.manifest import FEW, IMAGE_ENDINGS, SPLIT_WORDS, Manifest, split_word
+from vicinal.data.shards import read_shards, write_shards
 from vicinal.data.splits import class_disjoint, official
 from vicinal.data.tables import read_table, write_table
 from vicinal.data.voc import read_voc, write_voc
@@ -36,9 +37,11 @@ __all__ = [
     "read_coco",
     "read_folder",
     "read_hub",
+    "read_shards",
     "read_table",
     "read_voc",
     "write_coco",
+    "write_shards",
     "write_table",
     "write_voc",
 ]
@@ -69,7 +72,8 @@ def read_folder(root: Source | Mapping[str, Source], *, labels: bool = True) -> 
         raise InputError(f"{root} {what}")
     images = _images_below(root)
     if not images:
-        raise InputError(f"{root} holds no images (looked for {', '.join(IMAGE_ENDINGS)})")
+        hint = "; it holds tars, which read_shards reads" if any(root.glob("*.tar")) else ""
+        raise InputError(f"{root} holds no images (looked for {', '.join(IMAGE_ENDINGS)}){hint}")
     depths = [image.count("/") for image in images]
     tops = sorted({image.split("/", 1)[0] for image, depth in zip(images, depths, strict=True) if depth})
     parts = _split_folders(root, tops, images)
@@ -124,7 +128,9 @@ def _split_folders(root: Path, tops: Sequence[str], images: Sequence[str]) -> di
     return {}
 
 
-def prepare(manifest: Manifest, out: Source, *, holdout: float, seed: int, format: str = "coco") -> tuple[Path, ...]:
+def prepare(
+    manifest: Manifest, out: Source, *, holdout: float | None = None, seed: int = 42, format: str = "coco"
+) -> tuple[Path, ...]:
     """Write a data set's parts with some classes held out, for trainings and tests that read separate files.
 
     For each part of the `split` column (or one called `all`, where there is none) three files come into
@@ -132,14 +138,17 @@ def prepare(manifest: Manifest, out: Source, *, holdout: float, seed: int, forma
     never seen; which are which, `class_disjoint` says. Images stay where they are, and paths to them are relative. Each
     file lists only the classes that it has. `split.json` keeps seed, share and classes.
 
+    As shards the pictures are copied, to `out/shards`: a part as `<part>_000000.tar` and so on or, with classes held
+    out, in two halves, `public_<part>_…` and `holdout_<part>_…`.
+
     Files of an earlier `prepare` that this one would not write are removed, so that parts of two seeds never mix.
 
     Args:
         manifest: what to divide.
         out: a folder, made if need be.
-        holdout: the share of the classes that is held out.
+        holdout: the share of the classes that is held out. None: 0.2, and of shards none.
         seed: of the choice.
-        format: "coco" or "parquet".
+        format: "coco", "parquet" or "shards".
 
     Returns:
         The files written.
@@ -147,29 +156,52 @@ def prepare(manifest: Manifest, out: Source, *, holdout: float, seed: int, forma
     Raises:
         InputError: an unknown format, a word in `split` that is none, or files in `out` that something else wrote.
     """
-    endings = {"coco": ".json", "parquet": ".parquet"}
+    endings = {"coco": ".json", "parquet": ".parquet", "shards": "_%06d.tar"}
     if format not in endings:
         raise InputError(f"format: {format!r} is unknown; use {' or '.join(endings)}")
-    seen, unseen = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
+    if holdout is None:
+        holdout = 0.0 if format == "shards" else 0.2
+    seen: tuple[str, ...] = manifest.classes
+    unseen: tuple[str, ...] = ()
+    if holdout or format != "shards":
+        seen, unseen = class_disjoint(manifest.classes, holdout=holdout, seed=seed)
     held = pc.is_in(manifest.table["label"], value_set=pa.array(unseen, pa.string())).to_numpy()
     parts: Mapping[str, np.ndarray] = {"all": np.ones(len(manifest), bool)}
     if "split" in manifest.names():
         files = manifest.column("image")
         parts = {part: mask.numpy() for part, mask in official(manifest.column("split"), images=files).items()}
-    wanted = {
-        f"{side}{part}": mask & chosen
-        for part, mask in parts.items()
-        for side, chosen in (("", np.ones_like(held)), ("public_", ~held), ("holdout_", held))
-    }
-    folder = Path(out).expanduser() / "annotations"
+    sides = {"": np.ones_like(held), "public_": ~held, "holdout_": held}
+    if format == "shards":  # these hold the pictures, so no picture stands in two of them
+        sides = {"": sides[""]} if not unseen else {side: sides[side] for side in ("public_", "holdout_")}
+    wanted = {f"{side}{part}": mask & chosen for part, mask in parts.items() for side, chosen in sides.items()}
+    folder = Path(out).expanduser() / ("shards" if format == "shards" else "annotations")
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}{endings[format]}" for name, mask in wanted.items() if mask.any()}
     note = folder / "split.json"
     _clear_earlier(note, folder)
     note.write_text(json.dumps({"files": [path.name for path in paths.values()], "unfinished": True}), encoding="utf-8")
+    if format == "shards":
+        tars = {name: write_shards(manifest.where(wanted[name]), path, seed=seed) for name, path in paths.items()}
+        counts = {paths[name].name: int(wanted[name].sum()) for name in tars}
+        _write_note(note, manifest, seed, holdout, seen, unseen, counts)
+        return tuple(tar for several in tars.values() for tar in several)
     write: Callable[[Manifest, Source], None] = write_coco if format == "coco" else write_table
     for name, path in paths.items():
         write(manifest.where(wanted[name]).compact() if format == "parquet" else manifest.where(wanted[name]), path)
+    counts = {path.name: int(wanted[name].sum()) for name, path in paths.items()}
+    _write_note(note, manifest, seed, holdout, seen, unseen, counts)
+    return tuple(paths.values())
+
+
+def _write_note(
+    note: Path,
+    manifest: Manifest,
+    seed: int,
+    holdout: float,
+    seen: Sequence[str],
+    unseen: Sequence[str],
+    files: Mapping[str, int],
+) -> None:
     about = {
         "seed": seed,
         "holdout": holdout,
@@ -177,10 +209,9 @@ def prepare(manifest: Manifest, out: Source, *, holdout: float, seed: int, forma
         "public": seen,
         "holdout_classes": unseen,
         "classes_sha256": hashlib.sha256("\n".join(manifest.classes).encode()).hexdigest(),
-        "files": {path.name: int(wanted[name].sum()) for name, path in paths.items()},
+        "files": files,
     }
     note.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return tuple(paths.values())
 
 
 def _clear_earlier(note: Path, folder: Path) -> None:
@@ -203,4 +234,7 @@ def _clear_earlier(note: Path, folder: Path) -> None:
             "or choose another folder"
         )
     for name in ours:
+        if name.endswith(".tar"):
+            for tar in folder.glob(name.replace("%06d", "[0-9]" * 6)):
+                tar.unlink()
         (folder / Path(name).name).unlink(missing_ok=True)

@@ -21,7 +21,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import unicodedata
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -35,7 +34,7 @@ from xml.parsers import expat
 import numpy as np
 from PIL import Image
 
-from vicinal.data.images import image_size
+from vicinal.data.images import Member, image_size, read_bytes
 from vicinal.data.manifest import FEW, IMAGE_ENDINGS, SPLIT_WORDS, Manifest, box_array, box_values
 from vicinal.data.splits import official
 from vicinal.types import InputError
@@ -324,13 +323,13 @@ def write_voc(manifest: Manifest, root: Source) -> None:
         rows.setdefault(file, []).append(row)
     stems: dict[str, str] = {}
     for file in rows:
-        stem = re.sub(r"^(?:[A-Za-z]:)?(?:\.{0,2}/)+", "", Path(file).with_suffix("").as_posix())
+        stem = re.sub(r"^(?:[A-Za-z]:)?(?:\.{0,2}/)+", "", _outside_of_tar(file).with_suffix("").as_posix())
         first = stems.setdefault(stem, file)
         if first != file or ".." in Path(stem).parts:
             raise InputError(f"{first} and {file} would both be {stem} in a VOC folder; rename one")
     for stem, file in stems.items():
         height, width = image_size(manifest.root / file)
-        target = root / "JPEGImages" / f"{stem}{Path(file).suffix}"
+        target = root / "JPEGImages" / f"{stem}{_outside_of_tar(file).suffix}"
         content = ET.Element("annotation")
         ET.SubElement(content, "folder").text = "JPEGImages"
         ET.SubElement(content, "filename").text = target.name
@@ -348,7 +347,7 @@ def write_voc(manifest: Manifest, root: Source) -> None:
         annotation = root / "Annotations" / f"{stem}.xml"
         for path in (target, annotation):
             path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(manifest.root / file, target)
+        target.write_bytes(read_bytes(manifest.root / file))
         ET.indent(content)
         ET.ElementTree(content).write(annotation, encoding="utf-8", xml_declaration=True)
     if "split" in manifest.names():
@@ -358,3 +357,9 @@ def write_voc(manifest: Manifest, root: Source) -> None:
         for part, mask in official(manifest.column("split"), images=files).items():
             inside = dict.fromkeys(stem_of[file] for file, keep in zip(files, mask.tolist(), strict=True) if keep)
             (sets / f"{part}.txt").write_text("".join(f"{stem}\n" for stem in inside), encoding="utf-8")
+
+
+def _outside_of_tar(file: str) -> Path:
+    """The path that a picture has as a file of its own: a tar becomes a folder."""
+    member = Member.of(file)
+    return Path(file) if member is None else Path(member.tar).with_suffix("") / member.name
