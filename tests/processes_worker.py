@@ -23,6 +23,8 @@ STEPS = 6
 class Encoder(nn.Module):
     """As much of an encoder as an objective needs."""
 
+    embedding_dim = 8
+
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 8))

@@ -322,6 +322,7 @@ class Recipe(_Strict):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip: Annotated[float, Field(gt=0)] | None = 1.0
     accumulate: Annotated[int, Field(ge=1)] = 1
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     retention: Annotated[float, Field(ge=0)] = 0.0
     wise_ft: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = None

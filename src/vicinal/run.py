@@ -280,6 +280,7 @@ def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None
         precision=recipe.precision,
         clip=recipe.clip,
         accumulate=recipe.accumulate,
+        micro_batch=recipe.micro_batch,
         patience=recipe.patience,
         min_delta=recipe.min_delta,
         ema=recipe.ema,

@@ -30,7 +30,7 @@ from vicinal.losses import Retention
 from vicinal.losses.contrastive import InfoNCE, SigLIP
 from vicinal.losses.cosine import unit
 from vicinal.models.encoder import Encoder
-from vicinal.training.objectives import keep_frozen_statistics, of_all_processes
+from vicinal.training.objectives import as_it_was, keep_frozen_statistics, of_all_processes
 from vicinal.types import Batch, InputError
 
 __all__ = ["ImageTextObjective"]
@@ -97,6 +97,8 @@ class ImageTextObjective(nn.Module):
     def loss(self, embeddings: Float[Tensor, "B 2 D"], batch: Batch) -> dict[str, Tensor]:
         """The loss of the whole batch under "loss", its parts, the scale (and bias), and recall at 1 in the batch.
 
+        For labelled batches also the images' "embeddings", without a graph, to be watched over.
+
         Under several processes the value is that of the whole batch, the gradient that of this process's share of it.
 
         Raises:
@@ -110,20 +112,20 @@ class ImageTextObjective(nn.Module):
         criterion = criterion + (_mean_over_processes(criterion.detach()) - criterion.detach())
         parts = {"loss": criterion}
         if self.retention is not None and self.reference is not None:
-            with torch.no_grad():
-                original = _both(self.reference, batch)
+            reference = self.reference
+            original = as_it_was(lambda part: _both(reference, part), batch)
             retention = self.retention(embeddings.flatten(0, 1), original.flatten(0, 1))
             parts = {"loss": criterion + retention, "criterion": criterion.detach(), "retention": retention.detach()}
         parts["scale"] = self.criterion.scale.detach()
         if isinstance(self.criterion, SigLIP):
             parts["bias"] = self.criterion.bias.detach()
+        if "label" in batch:
+            parts["embeddings"] = embeddings[:, 0].detach()
         return {**parts, "batch_recall@1": _recall(gathered.detach(), ids, own)}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Both halves; for labelled batches also the images' "embeddings", without a graph, to be watched over."""
-        embeddings = self.embed(batch)
-        parts = self.loss(embeddings, batch)
-        return {**parts, "embeddings": embeddings[:, 0].detach()} if "label" in batch else parts
+        """Both halves."""
+        return self.loss(self.embed(batch), batch)
 
     @torch.no_grad()
     def keep_scale(self) -> None:

@@ -2,11 +2,14 @@
 
     for each step:  for each part of it: batch, seed, loss, gradient;  clip;  step;  now and then: log, evaluate, save
 
-It knows neither what a loss nor what a metric is: the objective gives the one, a callable the other.
+A batch whose graph is too large for memory is embedded in micro batches: see `grad_cache`.
+
+The loop knows neither what a loss nor what a metric is: the objective gives the one, a callable the other.
 
 **Exact resume.** What the network draws at random in a step (dropout) is seeded by the run's seed, the step and the
-process, and the batch of a step is a function of the step. So a run that was killed and resumed gives, bit by bit, the
-losses of one that was not, however often the loader was restarted or an evaluation drew numbers in between.
+process (and the micro batch), and the batch of a step is a function of the step. So a run that was killed and resumed
+gives, bit by bit, the losses of one that was not, however often the loader was restarted or an evaluation drew numbers
+in between.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -33,6 +37,7 @@ from vicinal.models.modules import prepare_for
 from vicinal.training.checkpoint import Checkpoints, load_checkpoint, load_trained_state, trained_state
 from vicinal.training.collapse import collapsed
 from vicinal.training.devices import accelerator_for
+from vicinal.training.grad_cache import Halves, backward_in_parts, check_parts, items
 from vicinal.training.history import History, Meter, ProgressBar
 from vicinal.types import Batch, Estimate, InputError
 
@@ -79,6 +84,7 @@ def fit(
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     clip: float | None = 1.0,
     accumulate: int = 1,
+    micro_batch: int | None = None,
     patience: int | None = None,
     min_delta: float = 0.0,
     ema: float | None = None,
@@ -113,6 +119,9 @@ def fit(
         clip: the largest norm of the gradient over all parameters; None: no limit.
         accumulate: batches a step, their gradients averaged. For a loss that compares the items of a batch this is not
             a larger batch: each part sees its own negatives alone.
+        micro_batch: embed so many items of a batch at a time; the gradients are those of the whole batch, for every
+            loss (GradCache, arXiv:2101.06983). Memory is that of a micro batch, and the forward pass is run twice but
+            for the last micro batch. None: the whole batch at once.
         patience: stop after so many evaluations in a row without improvement; None: never.
         min_delta: how much better counts as improvement.
         ema: decay of a moving average of the trained weights, which is then what is evaluated, kept as best and left in
@@ -149,7 +158,9 @@ def fit(
     >>> result.steps, len(result.history), result.history[-1]["loss"] < 1e-6
     (100, 10, True)
     """
-    _check_settings(steps, evaluate_every, accumulate, patience, checkpoint_every, log_every, out, resume)
+    counts = {"steps": steps, "evaluate_every": evaluate_every, "accumulate": accumulate, "micro_batch": micro_batch}
+    counts |= {"patience": patience, "checkpoint_every": checkpoint_every, "log_every": log_every}
+    _check_settings(counts, out, resume)
     device = next(objective.parameters()).device
     precision = choose_precision(precision, device)
     checkpoints = None if out is None else Checkpoints(out / "checkpoints", keep)
@@ -164,7 +175,9 @@ def fit(
         out / "history.jsonl" if out is not None and accelerator.is_main_process else None,
         until=-1 if start_from is None else state.step,
     )
-    model = accelerator.prepare(objective) if accelerator.num_processes > 1 else objective
+    model = objective
+    if accelerator.num_processes > 1:
+        model = accelerator.prepare(objective if micro_batch is None else Halves(objective))
     scaler: torch.amp.GradScaler | None = accelerator.scaler
     trained = _trained(objective, optimizer)
     checkpoint_every = checkpoint_every or (math.ceil(steps / 10) if evaluate is None else evaluate_every)
@@ -173,6 +186,8 @@ def fit(
     try:
         with bar:
             run.set_to_train()
+            if micro_batch is not None:
+                check_parts(objective)
             if evaluate is not None and state.best_step is None:
                 run.evaluate(min_delta)
             over = state.stopped or state.step >= steps
@@ -182,13 +197,27 @@ def fit(
                 images = 0
                 for part in range(accumulate):
                     batch = _to(_next(stream, state.step), device)
-                    _seed_everything(device, state.seed, state.step, part, accelerator.process_index)
-                    with _joined_later(accelerator, model, part < accumulate - 1):
-                        with accelerator.autocast():
-                            parts = model(batch)
-                        accelerator.backward(parts["loss"] / accumulate)
+                    seed = partial(_seed_everything, device, state.seed, state.step, part, accelerator.process_index)
+                    later = part < accumulate - 1
+                    if micro_batch is not None and items(batch) > micro_batch:
+                        parts = backward_in_parts(
+                            accelerator,
+                            model,
+                            objective,
+                            batch,
+                            micro_batch=micro_batch,
+                            divisor=accumulate,
+                            seed=seed,
+                            joined=not later,
+                        )
+                    else:
+                        seed()
+                        with _joined_later(accelerator, model, later):
+                            with accelerator.autocast():
+                                parts = model(batch)
+                            accelerator.backward(parts["loss"] / accumulate)
                     meter.add({k: v for k, v in parts.items() if k != "embeddings"}, weight=1 / accumulate)
-                    images += _items(batch)
+                    images += items(batch)
                 if scaler is not None:
                     scaler.unscale_(optimizer)
                 norm = nn.utils.clip_grad_norm_(trained, math.inf if clip is None else clip)
@@ -435,24 +464,7 @@ class _Run:
             self.checkpoints.go_on_from(path, self.state.step, self.state.best_step)
 
 
-def _check_settings(
-    steps: int,
-    evaluate_every: int,
-    accumulate: int,
-    patience: int | None,
-    checkpoint_every: int | None,
-    log_every: int,
-    out: Path | None,
-    resume: str | Path | None,
-) -> None:
-    counts = {
-        "steps": steps,
-        "evaluate_every": evaluate_every,
-        "accumulate": accumulate,
-        "patience": patience,
-        "checkpoint_every": checkpoint_every,
-        "log_every": log_every,
-    }
+def _check_settings(counts: Mapping[str, int | None], out: Path | None, resume: str | Path | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
@@ -486,9 +498,9 @@ def _start_from(resume: str | Path | None, checkpoints: Checkpoints | None) -> P
     return last
 
 
-def _seed_everything(device: torch.device, seed: int, step: int, part: int, process: int) -> None:
+def _seed_everything(device: torch.device, seed: int, step: int, part: int, process: int, *micro: int) -> None:
     """What the network draws depends on the run, the step and the process, and on nothing that came before."""
-    number = np.random.SeedSequence([seed % 2**64, step, part, process]).generate_state(1, np.uint32).item()
+    number = np.random.SeedSequence([seed % 2**64, step, part, process, *micro]).generate_state(1, np.uint32).item()
     random.seed(number)
     np.random.seed(number)  # noqa: NPY002  (the global one: an objective of the user's may draw from it)
     # Not torch.manual_seed, which takes half a millisecond to tell every kind of device there could be.
@@ -502,12 +514,6 @@ def _next(stream: Iterator[Batch], step: int) -> Batch:
     if batch is None:
         raise ValueError(f"the batches ran out at step {step}: they have to go on for as many steps as are asked for")
     return batch
-
-
-def _items(batch: Batch) -> int:
-    """How many a batch holds, whichever of its columns there are."""
-    columns = cast("Mapping[str, Tensor | list[str]]", batch)
-    return len(next(iter(columns.values())))
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

@@ -12,6 +12,7 @@ memory at once.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 from vicinal.losses import PAIR_LOSSES, CrossBatchMemory, Retention, WeightedSum
 from vicinal.losses.pair import mean_similarities
 from vicinal.models.encoder import Encoder
+from vicinal.training.grad_cache import parts_of
 from vicinal.types import Batch, InputError
 
-__all__ = ["LabelObjective", "keep_frozen_statistics", "of_all_processes"]
+__all__ = ["LabelObjective", "as_it_was", "keep_frozen_statistics", "of_all_processes"]
 
 
 class LabelObjective(nn.Module):
@@ -78,7 +80,11 @@ class LabelObjective(nn.Module):
         return self.encoder.encode_image(batch["image"])
 
     def loss(self, embeddings: Float[Tensor, "B D"], batch: Batch) -> dict[str, Tensor]:
-        """The loss under "loss"; beside it its parts, if there are several, and of a pair loss how alike pairs are."""
+        """The loss under "loss"; beside it its parts, if there are several, and of a pair loss how alike pairs are.
+
+        The "embeddings", without a graph, stand there too, for whoever watches over them.
+        """
+        watched = {"embeddings": embeddings.detach()}
         alike: dict[str, Tensor] = {}
         if not isinstance(self.criterion, (*PAIR_LOSSES.values(), WeightedSum, CrossBatchMemory)):
             # Class losses have no use for groups, and other libraries' losses do not know them.
@@ -90,16 +96,21 @@ class LabelObjective(nn.Module):
             loss = self.criterion(everyone, labels, groups=groups)
             alike = mean_similarities(everyone, labels, groups=groups)
         if self.retention is None or self.reference is None:
-            return {"loss": loss, **alike}
-        with torch.no_grad():
-            original = self.reference.encode_image(batch["image"])
-        retention = self.retention(embeddings, original)
-        return {"loss": loss + retention, "criterion": loss.detach(), "retention": retention.detach(), **alike}
+            return {"loss": loss, **alike, **watched}
+        reference = self.reference
+        retention = self.retention(embeddings, as_it_was(lambda part: reference.encode_image(part["image"]), batch))
+        parts = {"loss": loss + retention, "criterion": loss.detach(), "retention": retention.detach()}
+        return {**parts, **alike, **watched}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Both halves; "embeddings", without a graph, stand beside the loss for whoever watches over them."""
-        embeddings = self.embed(batch)
-        return {**self.loss(embeddings, batch), "embeddings": embeddings.detach()}
+        """Both halves."""
+        return self.loss(self.embed(batch), batch)
+
+
+def as_it_was(embed: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+    """What a frozen original says of a batch: 256 items at a time, which without a graph is little memory."""
+    with torch.no_grad():
+        return torch.cat([embed(part) for part in parts_of(batch, 256)])
 
 
 def keep_frozen_statistics(objective: nn.Module) -> None:

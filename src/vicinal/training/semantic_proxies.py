@@ -459,7 +459,10 @@ class SemanticProxies(nn.Module):
         return torch.stack([sample, self.encoder.encode_tokens(tokens, prompts, head=self.head)], 1)
 
     def loss(self, embeddings: Float[Tensor, "B 2 D"], batch: Batch) -> dict[str, Tensor]:
-        """The loss of the images against the proxies of all classes; while training, these are then remembered."""
+        """The loss of the images against the proxies of all classes; while training, these are then remembered.
+
+        The images' "embeddings", without a graph, stand beside it to be watched over.
+        """
         images, proxies = embeddings.unbind(1)
         with torch.autocast(embeddings.device.type, enabled=False):
             present, places = torch.unique(batch["label"], return_inverse=True)
@@ -469,12 +472,11 @@ class SemanticProxies(nn.Module):
             loss = proxy_anchor(images, batch["label"], mixed, margin=self.criterion.margin, alpha=self.criterion.alpha)
         if self.training:
             self.stored[present] = fresh.detach()
-        return {"loss": loss}
+        return {"loss": loss, "embeddings": images.detach()}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Both halves; the images' "embeddings", without a graph, stand beside the loss to be watched over."""
-        embeddings = self.embed(batch)
-        return {**self.loss(embeddings, batch), "embeddings": embeddings[:, 0].detach()}
+        """Both halves."""
+        return self.loss(self.embed(batch), batch)
 
 
 def _reserve(file: Path, size: int) -> None:
