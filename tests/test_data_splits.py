@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicinal.data.splits import class_disjoint, grouped, holdout_images, kshot, official, split_word, straddling
+from vicinal.data.splits import (
+    class_disjoint,
+    coop_shots,
+    grouped,
+    holdout_images,
+    kshot,
+    official,
+    split_word,
+    straddling,
+)
 from vicinal.types import InputError
 
 anytime = settings(deadline=None, max_examples=60)  # nothing is timed here
@@ -112,6 +121,47 @@ def test_kshot_visits_classes_as_they_first_appear():
         stream.sample(range(30), 2) + [30 + i for i in stream.sample(range(30), 2)]
     )
     assert mask.nonzero().flatten().tolist() == [4, 18, 55, 57]  # golden: CPython's generator
+
+
+# Published index lists of Describable Textures (47 classes, 60 train and 24 val images each), from cross-modal
+# adaptation's indices/dtd/shot_K-seed_S.json, MIT. The val draws go on where the train draws stopped, so each of
+# them says that the train draws were right as well.
+PUBLISHED = {
+    (1, 1, "train"): "8 96 174 231 288 304 376 427 511 588 628 690 761 804 890 913 966 1051 1081 1197 1253 1284 1347 "
+    "1418 1488 1549 1560 1664 1708 1757 1846 1911 1934 2017 2046 2157 2180 2221 2281 2341 2441 2494 2520 2636 2664 "
+    "2743 2773",
+    (1, 1, "val"): "13 47 48 88 103 134 159 185 199 227 247 285 295 326 345 360 397 425 452 459 485 524 551 561 579 "
+    "623 634 671 694 712 733 760 789 798 825 849 882 903 928 948 978 985 1023 1039 1079 1092 1117",
+    (1, 2, "val"): "16 29 65 77 103 127 144 173 202 221 244 280 304 323 352 381 401 413 446 469 503 520 539 570 587 "
+    "611 638 653 684 718 743 758 788 808 823 855 872 903 928 952 971 1005 1022 1046 1067 1098 1127",
+    (2, 3, "val"): "10 21 24 32 67 69 94 77 118 106 137 138 162 147 190 188 198 212 234 224 249 243 266 279 308 303 "
+    "314 323 338 349 364 360 393 397 421 411 433 451 475 457 492 502 522 514 545 536 568 559 577 585 600 602 627 643 "
+    "665 649 678 685 705 715 728 724 766 745 778 779 796 804 828 830 856 852 884 883 909 905 915 931 952 944 973 980 "
+    "1007 1006 1015 1017 1045 1040 1072 1065 1097 1090 1104 1117",
+    (8, 1, "val"): "17 15 7 2 47 25 26 28 53 65 54 56 82 91 88 80 107 106 99 105 127 139 142 135 148 162 161 147 178 "
+    "169 181 170 204 196 202 195 235 234 228 218 258 257 247 242 272 275 273 282 305 291 302 296 315 313 321 312 355 "
+    "357 336 338 373 363 361 366 391 402 397 389 411 422 413 429 439 437 455 435 469 468 473 465 497 488 502 495 514 "
+    "507 510 524 538 529 528 537 575 571 562 566 588 586 578 595 614 603 608 606 643 641 646 639 669 659 656 653 689 "
+    "678 681 679 707 698 704 710 722 740 738 730 751 756 753 745 778 773 786 777 799 802 795 809 835 834 818 823 847 "
+    "840 852 842 872 881 866 887 890 888 908 897 923 927 916 915 952 946 938 957 965 964 970 969 987 1006 1000 1003 "
+    "1017 1012 1014 1025 1055 1033 1042 1051 1077 1073 1079 1078 1086 1085 1089 1093 1121 1109 1105 1126",
+    (16, 3, "val"): "3 17 4 10 44 47 43 37 65 57 68 53 86 87 81 77 118 98 99 101 137 138 143 132 155 147 152 156 169 "
+    "172 183 184 200 199 214 208 227 226 228 230 257 242 251 255 267 268 272 282 291 309 306 311 315 317 334 318 354 "
+    "349 357 359 372 383 364 378 403 388 396 390 425 424 413 426 437 438 440 443 465 456 470 469 492 490 497 498 513 "
+    "524 519 520 549 550 537 543 552 571 558 575 596 576 579 597 607 615 605 616 644 638 630 640 654 649 664 668 686 "
+    "675 690 681 717 700 710 698 739 721 720 731 763 751 760 746 783 785 768 778 802 803 814 796 818 835 817 838 842 "
+    "863 850 846 866 870 877 886 895 903 898 891 913 925 914 918 958 941 948 951 975 982 962 977 997 990 1004 999 "
+    "1017 1008 1022 1030 1044 1046 1037 1033 1079 1064 1067 1070 1096 1091 1099 1092 1111 1104 1110 1112",
+}
+
+
+@pytest.mark.parametrize(("k", "seed", "part"), PUBLISHED)
+def test_the_published_shots_are_reproduced(k: int, seed: int, part: str):
+    train, val = coop_shots(
+        torch.arange(47).repeat_interleave(60), torch.arange(47).repeat_interleave(24), k, seed=seed
+    )
+    chosen = {"train": train, "val": val}[part].nonzero().flatten().tolist()
+    assert chosen == sorted(int(row) for row in PUBLISHED[k, seed, part].split())
 
 
 def test_kshot_of_nothing_is_refused():

@@ -13,19 +13,20 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from vicinal.data.images import Cutout, read_bytes
-from vicinal.data.loader import eval_batches
+from vicinal.data.loader import EvalBatches, eval_batches
 from vicinal.data.manifest import Manifest
-from vicinal.data.transforms import eval_transform
+from vicinal.data.transforms import Augment, EvalTransform, TrainTransform, eval_transform, train_transform
 from vicinal.models.encoder import Encoder
 from vicinal.models.modules import plain_attention
 from vicinal.types import Embeddings, InputError
@@ -39,6 +40,7 @@ __all__ = [
     "embed_classes",
     "embed_cutouts",
     "embed_text",
+    "embed_views",
     "pick_device",
 ]
 
@@ -136,9 +138,102 @@ def embed(
     Raises:
         InputError: an image is missing or cannot be read, and `on_error` is "raise".
     """
+    transform = eval_transform(encoder.preprocess)
+    found = _gather(encoder, manifest, transform, "", batch_size, cache, workers, device, precision, on_error, progress)
+    rows = sorted(found)
+    if not rows:
+        raise InputError("no image of the manifest could be read; `vicinal check` lists the reasons")
+    vectors = torch.stack([found[i] for i in rows])
+    ids = manifest.ids()
+    return Embeddings(vectors, manifest.labels()[rows], tuple(ids[i] for i in rows), manifest.classes)
+
+
+def embed_views(
+    encoder: Encoder,
+    manifest: Manifest,
+    *,
+    views: int,
+    augment: str | Augment = "standard",
+    seed: int = 0,
+    batch_size: int = 128,
+    cache: str | Path | None = None,
+    workers: int | None = None,
+    device: str | torch.device = "auto",
+    precision: Precision = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Float[Tensor, "N V D"]:
+    """Embed V random views of every image, as few-shot heads take them; vectors keep the length the encoder gives.
+
+    View v of an image is a function of its pixels, `seed` and v, and of nothing else: not of its row, nor of what is
+    embedded with it. So it is cached as an image is, and more views leave the first ones as they were.
+
+    Args:
+        encoder: left on the device and in the mode it came in.
+        manifest: N rows.
+        views: V. The published few-shot heads: 10.
+        augment: how a view differs; a name in `vicinal.data.transforms.AUGMENT`. The published ones: random crops of
+            half the area or more, mirrored half of the time ("mirrored"). Default: the same, not mirrored.
+        seed: of the views.
+        batch_size: as in `embed`.
+        cache: as in `embed`.
+        workers: as in `embed`.
+        device: as in `embed`.
+        precision: as in `embed`.
+        progress: called with (views done, views to do).
+
+    Raises:
+        InputError: fewer than one view, an unknown augmentation, or an image that cannot be read.
+    """
+    if views < 1:
+        raise InputError(f"views={views}: an image has at least 1 view")
+    chosen = train_transform(encoder.preprocess, augment)
+    parts = []
+    for view in range(views):
+        transform = _SeededView(chosen, seed, view)
+        note = f"{chosen.augment} {seed} {view}"
+
+        def told(done: int, total: int, before: int = view) -> None:
+            if progress:
+                progress(before * total + done, views * total)
+
+        found = _gather(
+            encoder, manifest, transform, note, batch_size, cache, workers, device, precision, "raise", told
+        )
+        parts.append(torch.stack([found[i] for i in range(len(manifest))]))
+    return torch.stack(parts, dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class _SeededView:
+    """A random view whose randomness comes from the picture itself, `seed` and `view`."""
+
+    transform: TrainTransform
+    seed: int
+    view: int
+
+    def __call__(self, image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 h w"]:
+        digest = hashlib.blake2b(image.numpy().tobytes(), digest_size=8, key=f"{self.seed} {self.view}".encode())
+        torch.default_generator.manual_seed(int.from_bytes(digest.digest(), "little"))  # of a worker, or forked
+        return self.transform(image)
+
+
+def _gather(
+    encoder: Encoder,
+    manifest: Manifest,
+    transform: EvalTransform | _SeededView,
+    note: str,
+    batch_size: int,
+    cache: str | Path | None,
+    workers: int | None,
+    device: str | torch.device,
+    precision: Precision,
+    on_error: Literal["raise", "skip"],
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, Tensor]:
+    """Row -> vector, kept or computed; unit rows of the evaluation view, raw ones of views (`note` says which)."""
     target = pick_device(str(device))
     dtype = autocast_dtype(precision, target)
-    store = _Store(Path(cache).expanduser(), _model_key(encoder, dtype)) if cache is not None else None
+    store = _Store(Path(cache).expanduser(), _model_key(encoder, dtype, note)) if cache is not None else None
     keys = _row_keys(manifest, on_error) if store else [None] * len(manifest)
     known = store.read() if store else {}
     missing = [i for i, key in enumerate(keys) if key is None or key not in known]
@@ -147,38 +242,29 @@ def embed(
     if missing:
         mask = torch.zeros(len(manifest), dtype=torch.bool)
         mask[missing] = True
+        batches = eval_batches(
+            manifest.where(mask), transform, batch_size=batch_size, workers=workers, on_error=on_error
+        )
         try:
-            _compute(
-                encoder, manifest.where(mask), missing, fresh, batch_size, workers, target, dtype, on_error, progress
-            )
+            _compute(encoder, batches, missing, fresh, target, dtype, not note, progress)
         finally:  # an interrupted run keeps what it has paid for
             if store and fresh:
                 kept = {key: vector for i, vector in fresh.items() if (key := keys[i]) is not None}
                 store.add(kept)
-
-    rows = [i for i in range(len(manifest)) if i in fresh or keys[i] in known]
-    if not rows:
-        raise InputError("no image of the manifest could be read; `vicinal check` lists the reasons")
-    vectors = torch.stack([fresh[i] if i in fresh else known[keys[i] or ""] for i in rows])
-    ids = manifest.ids()
-    return Embeddings(vectors, manifest.labels()[rows], tuple(ids[i] for i in rows), manifest.classes)
+    return {i: fresh[i] if i in fresh else known[key or ""] for i, key in enumerate(keys) if i in fresh or key in known}
 
 
 def _compute(
     encoder: Encoder,
-    manifest: Manifest,
+    batches: EvalBatches,
     rows: Sequence[int],
     fresh: dict[int, Tensor],
-    batch_size: int,
-    workers: int | None,
     device: torch.device,
     dtype: torch.dtype | None,
-    on_error: Literal["raise", "skip"],
+    unit: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Fill `fresh` (row in the caller's manifest -> vector), batch by batch."""
-    transform = eval_transform(encoder.preprocess)
-    batches = eval_batches(manifest, transform, batch_size=batch_size, workers=workers, on_error=on_error)
     was_training, came_from = encoder.training, next(encoder.parameters()).device
     encoder.eval().to(device)
     done = 0
@@ -186,7 +272,7 @@ def _compute(
         with plain_attention(encoder, device.type == "cpu" and dtype == torch.bfloat16):
             for batch in batches:
                 images = batch["image"].to(device, non_blocking=True)
-                vectors = _encode(encoder, images, dtype)
+                vectors = _encode(encoder, images, dtype, unit)
                 fresh.update(zip((rows[i] for i in batch["index"].tolist()), vectors, strict=True))
                 done += len(images)
                 if progress:
@@ -229,10 +315,12 @@ def embed_cutouts(
 
 
 @torch.inference_mode()
-def _encode(encoder: Encoder, images: Float[Tensor, "B 3 H W"], dtype: torch.dtype | None) -> Float[Tensor, "B D"]:
+def _encode(
+    encoder: Encoder, images: Float[Tensor, "B 3 H W"], dtype: torch.dtype | None, unit: bool = True
+) -> Float[Tensor, "B D"]:
     with torch.autocast(images.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-        vectors = encoder.encode_image(images)
-    return F.normalize(vectors.float(), dim=-1).cpu()
+        vectors = encoder.encode_image(images).float()
+    return (F.normalize(vectors, dim=-1) if unit else vectors).cpu()
 
 
 def embed_text(
@@ -311,8 +399,8 @@ def embed_classes(
 # --------------------------------------------------------------------------------------------------- kept vectors
 
 
-def _model_key(encoder: Encoder, dtype: torch.dtype | None) -> str:
-    text = f"{encoder.fingerprint()} {encoder.preprocess} {dtype}"
+def _model_key(encoder: Encoder, dtype: torch.dtype | None, note: str) -> str:
+    text = f"{encoder.fingerprint()} {encoder.preprocess} {dtype}{note and ' ' + note}"
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -24,6 +24,7 @@ from vicinal.types import InputError
 __all__ = [
     "SPLIT_WORDS",
     "class_disjoint",
+    "coop_shots",
     "grouped",
     "holdout_images",
     "kshot",
@@ -123,6 +124,32 @@ def kshot(labels: Int[Tensor, "N"], k: int, *, seed: int | random.Random) -> Boo
         take = have[stream.sample(range(len(have)), k)] if len(have) >= k else have
         chosen[torch.from_numpy(take)] = True
     return chosen
+
+
+def coop_shots(
+    train: Int[Tensor, "N"], val: Int[Tensor, "M"], k: int, *, seed: int
+) -> tuple[Bool[Tensor, "N"], Bool[Tensor, "M"]]:
+    """The shots of a split file that CoOp publishes: k rows a class of its train list, min(k, 4) of its val list.
+
+    Both come from one stream of random numbers, train first. With the rows in the order of the published
+    `split_zhou_*.json`, k of 1, 2, 4, 8, 16 and seeds 1, 2, 3, these are the published lists.
+
+    Args:
+        train: the class of each row of the train list.
+        val: the class of each row of the val list; it may be empty.
+        k: shots a class, at least 1.
+        seed: of both draws.
+
+    Returns:
+        A mask over each of the two lists.
+
+    >>> dtd = torch.arange(47).repeat_interleave(60), torch.arange(47).repeat_interleave(24)    # Describable Textures
+    >>> train, val = coop_shots(*dtd, 1, seed=1)
+    >>> train.nonzero().flatten()[:4].tolist(), val.nonzero().flatten()[:4].tolist()
+    ([8, 96, 174, 231], [13, 47, 48, 88])
+    """
+    stream = random.Random(seed)
+    return kshot(train, k, seed=stream), kshot(val, min(k, 4), seed=stream)
 
 
 def official(
