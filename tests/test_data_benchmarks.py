@@ -71,6 +71,7 @@ def shrunk(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 METRIC_LEARNING = ("cub200", "cars196", "sop", "inshop", "inaturalist")
+FEW_SHOT = tuple(name for name in BENCHMARKS if name.startswith(("coop_", "imagenet")))  # tests/test_data_coop.py
 
 
 def test_the_official_counts_are_written_down():
@@ -84,8 +85,25 @@ def test_the_official_counts_are_written_down():
         "sop": {"train": (11318, 59551), "test": (11316, 60502)},
         "inshop": {"train": (3997, 25882), "query": (3985, 14218), "gallery": (3985, 12612)},
         "inaturalist": {"train": (5690, 325846), "test": (2452, 136093)},
+        # CoOp's split files: specification of the few-shot protocol, table of sizes
+        "coop_caltech101": {"train": (100, 4128), "val": (100, 1649), "test": (100, 2465)},
+        "coop_oxford_pets": {"train": (37, 2944), "val": (37, 736), "test": (37, 3669)},
+        "coop_stanford_cars": {"train": (196, 6509), "val": (196, 1635), "test": (196, 8041)},
+        "coop_flowers102": {"train": (102, 4093), "val": (102, 1633), "test": (102, 2463)},
+        "coop_food101": {"train": (101, 50500), "val": (101, 20200), "test": (101, 30300)},
+        "coop_fgvc_aircraft": {"train": (100, 3334), "val": (100, 3333), "test": (100, 3333)},
+        "coop_sun397": {"train": (397, 15880), "val": (397, 3970), "test": (397, 19850)},
+        "coop_dtd": {"train": (47, 2820), "val": (47, 1128), "test": (47, 1692)},
+        "coop_eurosat": {"train": (10, 13500), "val": (10, 5400), "test": (10, 8100)},
+        "coop_ucf101": {"train": (101, 7639), "val": (101, 1898), "test": (101, 3783)},
+        "imagenet": {"train": (1000, 1281167), "test": (1000, 50000)},
+        "imagenet_v2": {"test": (1000, 10000)},
+        "imagenet_sketch": {"test": (1000, 50889)},
+        "imagenet_a": {"test": (200, 7500)},
+        "imagenet_r": {"test": (200, 30000)},
     }
-    assert {name: known.classes for name, known in BENCHMARKS.items()} == {
+    fewshot = {name: max(count.classes for count in BENCHMARKS[name].parts.values()) for name in FEW_SHOT}
+    assert {name: known.classes for name, known in BENCHMARKS.items()} == fewshot | {
         "flowers102": 102,
         "food101": 101,
         "cub200": 200,
@@ -154,7 +172,7 @@ def test_where_nothing_is_it_says_what_to_place_where(name: str, tmp_path: Path)
         InputError, match=r"is missing from .* Place .* into .*; they are offered (at|by|as) "
     ) as caught:
         load_benchmark(name, root=tmp_path)
-    assert ("download=true" in str(caught.value)) == (name not in METRIC_LEARNING)
+    assert ("download=true" in str(caught.value)) == (name in ("flowers102", "food101"))
 
 
 @pytest.mark.parametrize("name", METRIC_LEARNING)
@@ -271,7 +289,7 @@ def miniatures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_are_five():
-    assert set(SMALL) == set(METRIC_LEARNING) == set(BENCHMARKS) - {"flowers102", "food101"}
+    assert set(SMALL) == set(METRIC_LEARNING) == set(BENCHMARKS) - {"flowers102", "food101", *FEW_SHOT}
 
 
 @pytest.mark.parametrize("name", METRIC_LEARNING)

@@ -323,6 +323,21 @@ def demo(
 
 
 @app.command()
+def fewshot(
+    model: Model,
+    source: Annotated[str, typer.Argument(help="A folder, a table, a benchmark's name, or a recipe (its `data`).")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="`key=value`, and `out=FOLDER`.")] = None,
+) -> None:
+    """A table of few-shot heads, methods x shots x seeds: `methods=[gda,tip_x] shots=[1,4] adapter=RUN out=DIR`."""
+    from vicinal.fewshot import Settings
+    from vicinal.fewshot import fewshot as run_table
+
+    words = [word for word in overrides or [] if not word.startswith("out=")]
+    out = next((w.removeprefix("out=") for w in overrides or [] if w.startswith("out=")), "fewshot")
+    run_table(model, source, Settings.parse(words), out)
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="A file; else it is printed.")] = None) -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from vicinal.recipe import json_schema

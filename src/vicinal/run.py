@@ -36,7 +36,7 @@ from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.samplers import HardClassSampler, PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_shards, read_table, read_voc
 from vicinal.data.transforms import train_transform
-from vicinal.embedding import autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
+from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
 from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.metrics import class_neighbours, topk
@@ -94,6 +94,7 @@ __all__ = [
     "open_model",
     "open_uri",
     "picture_of",
+    "reads_text",
     "remake_report",
     "run",
     "save_scores",
@@ -163,7 +164,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         "before": {part: plain(scores) for part, scores in estimates(before_scores).items()},
         "after": {part: plain(scores) for part, scores in estimates(after_scores).items()},
         "difference": {part: plain(scores) for part, scores in changes.items()},
-        "environment": environment(pick_device(recipe.device), recipe),
+        "environment": environment(pick_device(recipe.device), recipe.precision),
         "data": {
             "images": len(manifest),
             "classes": len(manifest.classes),
@@ -234,7 +235,7 @@ def _prepare(recipe: Recipe, say: Say) -> _Ground:
     say(f"split: {division}")
     if contrastive:
         division = _captioned(manifest, division)
-    reads = _reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
+    reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
     return _Ground(manifest, skipped, division, original, untuned, reads)
 
 
@@ -587,7 +588,7 @@ def _embed(encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say
         )
 
 
-def _reads_text(encoder: Encoder) -> bool:
+def reads_text(encoder: Encoder) -> bool:
     """Whether texts and images meet in one space: a text tower, its tokenizer, and no new head on the images."""
     readable = encoder.tokenizer is not None and not isinstance(encoder.tokenizer, MissingTokenizer)
     return readable and encoder.family.encode_text is not None and isinstance(encoder.head, torch.nn.Identity)
@@ -905,10 +906,10 @@ def _save_embeddings(out: Path, side: str, embeddings: Embeddings, parts: Mappin
         embeddings.where(part.queries).save(folder / f"{name}.safetensors")
 
 
-def environment(device: torch.device, recipe: Recipe) -> dict[str, Any]:
+def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
     """What the numbers were made with: versions, hardware, arithmetic, date."""
     names = ("vicinal", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "peft")
-    dtype = autocast_dtype(recipe.precision, device)
+    dtype = autocast_dtype(precision, device)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

@@ -6,6 +6,13 @@ classes. Of the metric-learning sets no class is on two sides:
     train, test             cub200, cars196, sop, inaturalist: each test image asks for its like among all the others
     train, query, gallery   inshop: a query is looked for in the gallery alone, and never among the queries
 
+    train, val, test        coop_*: the ten few-shot sets in CoOp's layout and by its split files
+    train, test             imagenet: its validation images are the test part, as in CoOp
+    test                    imagenet_v2, imagenet_sketch, imagenet_a, imagenet_r: never trained on
+
+The names of coop_* are those of `vicinal.data.templates` behind the prefix: coop_food101 is CoOp's Food-101, and
+food101 the official one. ImageNet and its kin are labelled by synset, and named in the column `name`.
+
 flowers102 and food101 are read, and where wanted fetched, by torchvision. Labels are 0-based and classes stand in the
 official order, so that `class_disjoint(holdout=0.2, seed=42)` on `flowers102` holds out the 20 flowers of the
 embedding-tuning system.
@@ -20,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from vicinal.data import coop
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.types import InputError
 
@@ -80,6 +88,26 @@ def load_benchmark(name: str, *, root: str | Path, download: bool = False) -> Ma
 
     Numbers are of train / val / test, of train / test, and for inshop of train / query / gallery. sop and inaturalist
     have a further column `category`: the super-category of each picture.
+
+    ====================  =======  ==========================
+    few-shot set          classes  images, train / val / test
+    ====================  =======  ==========================
+    coop_caltech101       100      4,128 / 1,649 / 2,465
+    coop_oxford_pets      37       2,944 / 736 / 3,669
+    coop_stanford_cars    196      6,509 / 1,635 / 8,041
+    coop_flowers102       102      4,093 / 1,633 / 2,463
+    coop_food101          101      50,500 / 20,200 / 30,300
+    coop_fgvc_aircraft    100      3,334 / 3,333 / 3,333
+    coop_sun397           397      15,880 / 3,970 / 19,850
+    coop_dtd              47       2,820 / 1,128 / 1,692
+    coop_eurosat          10       13,500 / 5,400 / 8,100
+    coop_ucf101           101      7,639 / 1,898 / 3,783
+    imagenet              1,000    1,281,167 / - / 50,000
+    imagenet_v2           1,000    - / - / 10,000
+    imagenet_sketch       1,000    - / - / 50,889
+    imagenet_a            200      - / - / 7,500
+    imagenet_r            200      - / - / 30,000
+    ====================  =======  ==========================
 
     Args:
         name: as in the table.
@@ -309,6 +337,31 @@ def _of_torchvision(
     )
 
 
+_COOP = "by the authors of CoOp (the split file, see DATASETS.md beside their code) and of the data set (the images)"
+
+
+def _of_coop(file: str, folder: str, images: str, counts: tuple[int, int, int], classes: int) -> Benchmark:
+    """A set that one of CoOp's split files divides."""
+
+    def read(home: Path) -> _Listing:
+        return _Listing(*coop.split_file(home, file, images))
+
+    parts = {part: Count(classes, count) for part, count in zip(("train", "val", "test"), counts, strict=True)}
+    return Benchmark(read, (folder,), parts, classes, f"{images or 'cars_train, cars_test'} and {file}", _COOP)
+
+
+def _shifted(folder: str, images: str, read: Callable[[Path, str], coop.Listed], classes: int, count: int) -> Benchmark:
+    """A test set for models of ImageNet."""
+    return Benchmark(
+        lambda home: _Listing(*read(home, images)),
+        (folder,),
+        {"test": Count(classes, count)},
+        classes,
+        f"{images} and ImageNet's classnames.txt",
+        "by its authors (the images) and those of CoOp (classnames.txt, see DATASETS.md beside their code)",
+    )
+
+
 BENCHMARKS: dict[str, Benchmark] = {
     "flowers102": _of_torchvision(
         "Flowers102",
@@ -370,4 +423,35 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Inaturalist_train_set1.txt and Inaturalist_test_set1.txt",
         offered="by the iNaturalist 2018 competition; the two lists by the authors of Smooth-AP (Brown et al. 2020)",
     ),
+    "coop_caltech101": _of_coop(
+        "split_zhou_Caltech101.json", "caltech-101", "101_ObjectCategories", (4128, 1649, 2465), 100
+    ),
+    "coop_oxford_pets": _of_coop("split_zhou_OxfordPets.json", "oxford_pets", "images", (2944, 736, 3669), 37),
+    "coop_stanford_cars": _of_coop("split_zhou_StanfordCars.json", "stanford_cars", "", (6509, 1635, 8041), 196),
+    "coop_flowers102": _of_coop("split_zhou_OxfordFlowers.json", "oxford_flowers", "jpg", (4093, 1633, 2463), 102),
+    "coop_food101": _of_coop("split_zhou_Food101.json", "food-101", "images", (50500, 20200, 30300), 101),
+    "coop_fgvc_aircraft": Benchmark(
+        lambda home: _Listing(*coop.aircraft(home)),
+        ("fgvc_aircraft",),
+        {"train": Count(100, 3334), "val": Count(100, 3333), "test": Count(100, 3333)},
+        100,
+        "images, variants.txt and images_variant_{train,val,test}.txt (the folder data of fgvc-aircraft-2013b.tar.gz)",
+        "by the Visual Geometry Group of Oxford as FGVC-Aircraft",
+    ),
+    "coop_sun397": _of_coop("split_zhou_SUN397.json", "sun397", "SUN397", (15880, 3970, 19850), 397),
+    "coop_dtd": _of_coop("split_zhou_DescribableTextures.json", "dtd", "images", (2820, 1128, 1692), 47),
+    "coop_eurosat": _of_coop("split_zhou_EuroSAT.json", "eurosat", "2750", (13500, 5400, 8100), 10),
+    "coop_ucf101": _of_coop("split_zhou_UCF101.json", "ucf101", "UCF-101-midframes", (7639, 1898, 3783), 101),
+    "imagenet": Benchmark(
+        lambda home: _Listing(*coop.imagenet(home)),
+        ("imagenet",),
+        {"train": Count(1000, 1281167), "test": Count(1000, 50000)},
+        1000,
+        "images/train/<synset>/*, images/val/<synset>/* and classnames.txt",
+        "by image-net.org to those who register (the images) and by the authors of CoOp (classnames.txt)",
+    ),
+    "imagenet_v2": _shifted("imagenetv2", "imagenetv2-matched-frequency-format-val", coop.numbered, 1000, 10000),
+    "imagenet_sketch": _shifted("imagenet-sketch", "images", coop.synsets, 1000, 50889),
+    "imagenet_a": _shifted("imagenet-adversarial", "imagenet-a", coop.synsets, 200, 7500),
+    "imagenet_r": _shifted("imagenet-rendition", "imagenet-r", coop.synsets, 200, 30000),
 }
