@@ -96,7 +96,7 @@ def _table(rows: Sequence[Row], shots: Sequence[int], value: str) -> list[dict[s
                     "low": cell["low"],
                     "high": cell["high"],
                     "best": value == "accuracy" and cell[value] == best[k],
-                    "clear": value == "difference" and known(cell["low"]) and (cell["low"] > 0 or cell["high"] < 0),
+                    "sure": value == "difference" and known(cell["low"]) and (cell["low"] > 0 or cell["high"] < 0),
                 }
                 for k in shots
             ],
