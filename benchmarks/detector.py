@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_iou, generalized_box_iou, generalized_box_iou_loss, nms, sigmoid_focal_loss
 
 from vicinal.data.voc import read_voc
 
 MEAN = STD = 0.5  # of the ViT-Tiny
-TWINS = 4  # queries that each logo is the target of
+ON = 0.6  # from which IoU on a query is responsible for a logo
 OVERLAP = 0.5  # of answers, beyond which the better one stays
 
 Target = dict[str, torch.Tensor]
@@ -194,26 +194,50 @@ def build(weights: Path, size: int) -> torch.nn.Module:
 
 
 def losses(model: torch.nn.Module, pixels: torch.Tensor, labels: list[Target]) -> dict[str, torch.Tensor]:
-    """The criterion of transformers on every layer of the decoder, and on the proposals, which its own loss leaves out.
+    """Focal loss, L1 and generalised IoU on every layer of the decoder, and on the proposals, weighted as in the paper.
 
-    Each logo is the target of TWINS queries, and overlapping answers are thinned afterwards (DETA, Ouyang-Zhang et al.
-    2022, 2212.06137): to learn which one of several alike should speak takes a DETR most of its hundreds of epochs.
+    What a query is responsible for is decided by overlap, not one to one: every query whose box is on a logo by an IoU
+    of ON, and the best of each logo; overlapping answers are thinned afterwards (DETA, Ouyang-Zhang et al. 2022,
+    2212.06137). To learn which one of several alike should speak takes a DETR most of its hundreds of epochs.
     """
-    from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
-
     with torch.autocast("cpu", torch.bfloat16):
         out = model(pixel_values=pixels, labels=labels)
-    c = model.config
-    matcher = DeformableDetrHungarianMatcher(class_cost=c.class_cost, bbox_cost=c.bbox_cost, giou_cost=c.giou_cost)
-    criterion = DeformableDetrImageLoss(matcher, 1, c.focal_alpha, ["labels", "boxes"])
-    layers = [{"logits": out.logits, "pred_boxes": out.pred_boxes}, *out.auxiliary_outputs]
-    layers.append({"logits": out.enc_outputs_class, "pred_boxes": out.enc_outputs_coord_logits.float().sigmoid()})
-    twins = [{name: value.repeat_interleave(TWINS, 0) for name, value in label.items()} for label in labels]
-    found = [criterion({name: value.float() for name, value in layer.items()}, twins) for layer in layers]
-    weights = {"loss_ce": 1.0, "loss_bbox": c.bbox_loss_coefficient, "loss_giou": c.giou_loss_coefficient}
-    total = sum(w * one[name] for one in found for name, w in weights.items())
-    shown = {f"{name[5:]}{'' if i == 0 else '_proposed'}": found[i][name] for i in (0, -1) for name in weights}
-    return {"loss": total, **shown}
+    layers = [(out.logits, out.pred_boxes), *((o["logits"], o["pred_boxes"]) for o in out.auxiliary_outputs)]
+    layers.append((out.enc_outputs_class, out.enc_outputs_coord_logits.float().sigmoid()))
+    found = [layer_losses(logits.float()[..., 0], boxes.float(), labels) for logits, boxes in layers]
+    total = sum(2 * one["class"] + 5 * one["box"] + 2 * one["giou"] for one in found)
+    return {"loss": total, **found[0], **{f"{name}_proposed": value for name, value in found[-1].items()}}
+
+
+def layer_losses(logits: torch.Tensor, boxes: torch.Tensor, labels: list[Target]) -> dict[str, torch.Tensor]:
+    """Of "B Q" logits and "B Q 4" boxes as centre and size."""
+    target = torch.zeros_like(logits)
+    predicted, wanted = [], []
+    corners = corners_of(boxes)
+    for i, label in enumerate(labels):
+        if not len(label["boxes"]):
+            continue
+        with torch.no_grad():
+            iou = generalized_box_iou(corners[i], corners_of(label["boxes"]))
+            best, of = box_iou(corners[i], corners_of(label["boxes"])).max(1)
+            responsible = best >= ON
+            first = iou.argmax(0)
+            responsible[first], of[first] = True, torch.arange(len(first))
+            rows = responsible.nonzero().flatten()
+        target[i, rows] = 1.0
+        predicted.append(boxes[i, rows])
+        wanted.append(label["boxes"][of[rows]])
+    count = max(1.0, float(target.sum()))
+    found = {"class": sigmoid_focal_loss(logits, target, reduction="sum") / count}
+    if not predicted:
+        return {**found, "box": 0 * boxes.sum(), "giou": 0 * boxes.sum()}
+    mine, theirs = torch.cat(predicted), torch.cat(wanted)
+    giou = generalized_box_iou_loss(corners_of(mine), corners_of(theirs), reduction="sum")
+    return {**found, "box": (mine - theirs).abs().sum() / count, "giou": giou / count}
+
+
+def corners_of(boxes: torch.Tensor) -> torch.Tensor:
+    return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
 def found_in(model: torch.nn.Module, scenes: list[Scene], size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -228,7 +252,7 @@ def found_in(model: torch.nn.Module, scenes: list[Scene], size: int) -> list[tup
             out = model(pixel_values=x)
             logits, boxes = out.logits.float(), out.pred_boxes.float()
             scores = logits.softmax(-1)[..., 0] if logits.shape[-1] == 2 else logits.sigmoid()[..., 0]
-            corners = torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
+            corners = corners_of(boxes)
             sides = torch.tensor([[*s.pixels.size, *s.pixels.size] for s in part], dtype=torch.float32)
             for box, score in zip(corners * sides[:, None], scores, strict=True):
                 keep = nms(box, score, OVERLAP)
@@ -294,7 +318,7 @@ def train(model: torch.nn.Module, training: list[Scene], a: argparse.Namespace) 
         optimizer.step()
         schedule.step()
         at += 1
-        sums.update({name: value.item() for name, value in found.items()})
+        sums.update({name: float(value.detach()) for name, value in found.items()})
         if at % 50 == 0:
             spent, tick = time.perf_counter() - tick, time.perf_counter()
             shown = " ".join(f"{name} {value / 50:.3f}" for name, value in sums.items())
@@ -316,7 +340,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--head-lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=42)

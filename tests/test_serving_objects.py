@@ -451,9 +451,9 @@ def test_a_drawing_shows_boxes_and_names(encoder: Encoder, references: Path) -> 
     scale = 640 / 240
     pixels = np.array(drawn).astype(int)
     middle_of_left_edge = [(round(y * scale), round(box[0] * scale)) for box in boxes for y in [(box[1] + box[3]) / 2]]
-    green, grey = (pixels[place] for place in middle_of_left_edge)
+    green, brown = (pixels[place] for place in middle_of_left_edge)
     assert green.tolist() == [0, 122, 61]
-    assert grey.tolist() == [110, 110, 110]
+    assert brown.tolist() == [166, 84, 0]
     changed = (pixels != np.array(draw(image, Answer("", None)))).any(2)
     label = changed[: round(boxes[0][1] * scale) - 2]
     assert label.any()  # its name stands above the box

@@ -301,6 +301,63 @@ def search(
 
 
 @app.command()
+def match(
+    source: Annotated[list[Path] | None, typer.Argument(help="Pictures: files, a folder, or a table.")] = None,
+    *,
+    references: Annotated[Path, typer.Option(help="Of each class: class folders, a table, an .index, a .matcher.")],
+    model: Annotated[list[str], typer.Option("--model", "-e", help="The embedding model; with --truth several.")],
+    detector: Annotated[str | None, typer.Option(help="A detector of transformers: folder or Hub id.")] = None,
+    threshold: Annotated[
+        list[str] | None,
+        typer.Option("--threshold", "-t", help="A number, or a file of `vicinal calibrate`."),
+    ] = None,
+    fusion: Annotated[
+        str | None, typer.Option("--fusion", "--matching-method", help="max, mean, topk or multi-ref.")
+    ] = None,
+    k: Annotated[int | None, typer.Option(help="References that topk and multi-ref look at.")] = None,
+    margin: Annotated[float | None, typer.Option(help="How far the second class must be behind.")] = None,
+    detect_threshold: Annotated[float, typer.Option(help="From which score on a box is looked at.")] = 0.5,
+    overlap: Annotated[float, typer.Option(help="Of two boxes that overlap more, the better stays.")] = 0.7,
+    pad: Annotated[float, typer.Option(help="By how much a detector's box is widened.")] = 0.08,
+    out: Annotated[Path | None, typer.Option(help="The folder to write: JSON, CSV and pictures.")] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw what was found.")] = True,
+    truth: Annotated[Path | None, typer.Option(help="Measure on VOC, COCO, or a table with boxes and classes.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Of the truth, so many pictures. All.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of -n.")] = 42,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Measure what each run began with, too.")] = False,
+    size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    device: str = "auto",
+    columns: Columns = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the metrics here as well.")] = None,
+) -> None:
+    """Find objects in pictures and name them, or say that they are unknown; with --truth, measure how often rightly."""
+    from vicinal.recognise import Settings, match_pictures, measure_models
+
+    settings = Settings(
+        references=references,
+        detector=detector,
+        thresholds=tuple(threshold or ()),
+        fusion=fusion,
+        k=k,
+        margin=margin,
+        detect_threshold=detect_threshold,
+        overlap=overlap,
+        pad=pad,
+        size=size,
+        device=device,
+        columns=_pairs(columns),
+    )
+    if (truth is None) == (not source):
+        raise InputError("give pictures to look at, or --truth, a table of what is in them: one of the two")
+    if truth is None:
+        if out is None:
+            raise InputError("name the folder to write with --out")
+        match_pictures(source or [], model, settings, out=out, pictures=pictures)
+    else:
+        measure_models(truth, model, settings, count=n, seed=seed, baseline=baseline, out=out, json_out=json_out)
+
+
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="A finished run.")]) -> None:
     """Make a run's page anew, from its files."""
     from vicinal.run import remake_report

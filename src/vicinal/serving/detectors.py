@@ -84,7 +84,15 @@ class Tiles:
 class _OfTransformers:
     """An object detector of transformers. Pictures are prepared one by one, so none is padded for another's sake."""
 
-    def __init__(self, model: Any, processor: Any, threshold: float, device: torch.device) -> None:  # noqa: ANN401
+    def __init__(  # what AutoModel and AutoImageProcessor give has no type of its own
+        self,
+        name: str,
+        model: Any,  # noqa: ANN401
+        processor: Any,  # noqa: ANN401
+        threshold: float,
+        device: torch.device,
+    ) -> None:
+        self.name = name
         self.model, self.processor, self.threshold, self.device = model, processor, threshold, device
         self.names = {int(i): str(name) for i, name in model.config.id2label.items()}
 
@@ -167,7 +175,7 @@ def load_detector(uri: str | Path, *, threshold: float = 0.5, device: str | torc
             "the detector's own beside it"
         )
     target = pick_device(str(device))
-    return _OfTransformers(model.eval().to(target), processor, threshold, target)
+    return _OfTransformers(where, model.eval().to(target), processor, threshold, target)
 
 
 def _first_line(error: Exception) -> str:

@@ -185,6 +185,11 @@ class Matcher:
         return int(self._vectors.shape[1])
 
     @property
+    def present(self) -> tuple[str, ...]:
+        """The classes that have references, in the order of `classes`."""
+        return tuple(self.classes[i] for i in self._present.tolist())
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a score depends on beside the model: a threshold is refused where any of it differs."""
         names = ("fusion", "k", "min_votes", "vote_threshold", "margin", "normalisation", "cohort")

@@ -53,6 +53,7 @@ __all__ = [
 
 Box = tuple[float, float, float, float]
 Picture = str | Path | Image.Image | UInt8[Tensor, "3 H W"]
+KNOWN, UNKNOWN = (0, 122, 61), (166, 84, 0)  # colours of a drawing
 THRESHOLD_NAME = "threshold.json"  # what `vicinal calibrate` writes beside a model
 
 
@@ -217,6 +218,7 @@ class ObjectMatcher:
         self.device, self.precision, self.batch_size = pick_device(str(device)), precision, batch_size
         self.pad, self.min_side, self.overlap = pad, min_side, overlap
         self.tiled = detector is None
+        self.detector_name = "tiles" if detector is None else str(detector)
         self.detector: Detector
         if detector is None:
             self.detector = Tiles(levels)
@@ -224,7 +226,7 @@ class ObjectMatcher:
             self.detector = load_detector(detector, threshold=detect_threshold, device=self.device)
             self.log.info("detector %s: finds %s", detector, ", ".join(self.detector.kinds[:5]))
         else:
-            self.detector = detector
+            self.detector, self.detector_name = detector, getattr(detector, "name", "a function")  # ours have a name
         self.encoder = open_encoder(embedding_model)
         self.encoder.eval().to(self.device)
         self.fingerprint = self.encoder.fingerprint()
@@ -275,6 +277,20 @@ class ObjectMatcher:
             self.encoder, manifest, cache=default_cache(), device=self.device, precision=self.precision, workers=0
         )
         return found, self.fingerprint
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What decides an answer, in plain values: for the head of what is written."""
+        matcher = self.matcher
+        return {
+            "detector": self.detector_name,
+            "model": self.encoder.source,
+            "fingerprint": self.fingerprint,
+            "threshold": None if matcher is None else matcher.threshold,
+            "matcher": None if matcher is None else matcher.settings,
+            "classes": 0 if matcher is None else len(matcher.present),
+            "references": 0 if matcher is None else len(matcher.ids),
+        }
 
     # ---- asking it
 
@@ -430,12 +446,13 @@ DetectLogosDETR = ObjectMatcher
 """The name that the logo system gave it."""
 
 
-def open_encoder(model: str | Path | Encoder) -> Encoder:
+def open_encoder(model: str | Path | Encoder, *, size: int | None = None) -> Encoder:
     """The embedding model of an address, or of a folder in any of the layouts that are exported.
 
     Args:
         model: an encoder; what `load_encoder` takes; a run folder; a bare Hub id, `openai/clip-vit-large-patch14`; or a
             folder of open_clip, transformers or sentence-transformers, without a word before it.
+        size: of the input in pixels. None: as it was trained, or the encoder has it.
 
     Raises:
         InputError: nothing that is known is there.
@@ -446,11 +463,11 @@ def open_encoder(model: str | Path | Encoder) -> Encoder:
     folder = Path(uri).expanduser()
     if not folder.is_dir():
         hub_id = uri.count("/") == 1 and uri.partition(":")[0] not in FAMILIES and not uri.startswith((".", "/", "~"))
-        return load_encoder(f"transformers:{uri}" if hub_id else uri)
+        return load_encoder(f"transformers:{uri}" if hub_id else uri, size=size)
     if (folder / CONFIG_NAME).is_file() or (folder / "model" / CONFIG_NAME).is_file():
-        return load_encoder(folder)
+        return load_encoder(folder, size=size)
     if (folder / "open_clip_config.json").is_file():
-        return load_encoder(f"open_clip:local-dir:{folder}")
+        return load_encoder(f"open_clip:local-dir:{folder}", size=size)
     if (folder / "modules.json").is_file():  # sentence-transformers: its first module holds the model
         try:
             first = json.loads((folder / "modules.json").read_text(encoding="utf-8"))[0]["path"]
@@ -458,8 +475,8 @@ def open_encoder(model: str | Path | Encoder) -> Encoder:
             raise InputError(f"{folder / 'modules.json'} is damaged ({error!r}); export the model again") from error
         folder = folder / first
     if (folder / "config.json").is_file():
-        return load_encoder(f"transformers:{folder}")
-    return load_encoder(folder)
+        return load_encoder(f"transformers:{folder}", size=size)
+    return load_encoder(folder, size=size)
 
 
 def _rule(threshold: object, model: str | Path | Encoder) -> OpenSetThreshold | None:
@@ -494,7 +511,7 @@ def _cut(picture: UInt8[Tensor, "3 H W"], box: Sequence[float], padding: float, 
 
 
 def draw(picture: Picture, answer: Answer, *, least: int = 640) -> Image.Image:
-    """The picture with its boxes: green and named where known, grey with the nearest class where unknown.
+    """The picture with its boxes: green and named where known, brown with the nearest class where unknown.
 
     Args:
         picture: what was asked; read again where it is a path.
@@ -511,23 +528,29 @@ def draw(picture: Picture, answer: Answer, *, least: int = 640) -> Image.Image:
     scale = max(1.0, least / max(image.size))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(image)
-    line = max(2, round(max(image.size) / 320))
-    font = ImageFont.load_default(size=max(13, max(image.size) / 42))
-    for one in reversed(answer.objects):  # the best on top
-        corners = [v * scale for v in one.box]
-        colour = (110, 110, 110) if one.label is None else (0, 122, 61)
-        pen.rectangle(corners, outline=colour, width=line)
-        words = "unknown" if one.label is None else one.label
-        if one.label is None and one.best is not None:
-            words = f"unknown ({one.best}? {one.score:.2f})"
-        elif one.label is not None:
+    line = max(2, round(max(image.size) / 220))
+    font = ImageFont.load_default(size=max(13, max(image.size) / 40))
+    placed: list[Box] = []
+    for one in answer.objects:
+        x0, y0, x1, y1 = (v * scale for v in one.box)
+        colour = UNKNOWN if one.label is None else KNOWN
+        pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
+        words = "unknown" if one.best is None else f"unknown ({one.best}? {one.score:.2f})"
+        if one.label is not None:
             words = f"{one.label} {one.score:.2f}"
         width, height = (round(v) + 6 for v in pen.textbbox((0, 0), words, font=font)[2:])
-        x = min(max(corners[0], 0), max(image.width - width, 0))
-        y = corners[1] - height if corners[1] >= height else min(corners[3], image.height - height)
-        pen.rectangle((x, y, x + width, y + height), fill=colour)
-        pen.text((x + 3, y + 2), words, fill="white", font=font)
+        left = min(max(x0, 0), max(image.width - width, 0))
+        tops = [top for top in (y0 - height, y1, y0, y1 - height) if 0 <= top <= image.height - height] or [0.0]
+        plates = [(left, top, left + width, top + height) for top in tops]
+        plate = next((one for one in plates if not any(_meet(one, other) for other in placed)), plates[0])
+        placed.append(plate)
+        pen.rectangle(plate, fill=colour)
+        pen.text((plate[0] + 3, plate[1] + 2), words, fill="white", font=font)
     return image
+
+
+def _meet(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _finite(value: float) -> float | None:
