@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicinal.data.samplers import HardClassSampler, PKSampler, Sampler, ShuffleSampler, occurrence
+from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, Sampler, ShuffleSampler, occurrence
 from vicinal.types import InputError
 
 
@@ -297,3 +298,124 @@ def test_occurrence_counts_what_stood_before() -> None:
     values = np.random.default_rng(0).integers(0, 9, 200)
     expected = [int((values[:i] == value).sum()) for i, value in enumerate(values)]
     assert occurrence(values).tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------ no two that are alike
+
+
+def alike(keys: list[list[str]], batch: list[int]) -> int:
+    """How many keys stand in a batch more than once."""
+    return sum(count - 1 for count in Counter(key for row in batch for key in set(keys[row])).values())
+
+
+def products(n: int, most: int, seed: int = 0) -> list[list[str]]:
+    """Rows of products of one to `most` photos, with captions of which some are shared among products."""
+    g = np.random.default_rng(seed)
+    sizes = g.integers(1, most + 1, n)
+    return [
+        [f"product {i}", f"caption {g.integers(3 * n) if g.random() < 0.9 else 'shoe'}"]
+        for i, size in enumerate(sizes)
+        for _ in range(size)
+    ]
+
+
+@pytest.mark.parametrize("batch_size", [2, 7, 16, 40])
+@pytest.mark.parametrize("keys", [products(200, 4), products(90, 12), [[]] * 333], ids=["few", "many", "none alike"])
+def test_no_two_of_a_batch_are_alike_and_every_row_comes_once(keys: list[list[str]], batch_size: int):
+    sampler = NoDuplicateSampler(keys, batch_size=batch_size, seed=3)
+    shoes = sum("caption shoe" in own for own in keys)
+    for epoch in range(3):
+        batches = sampler.epoch(epoch)
+        assert len(batches) == len(sampler)
+        assert all(len(batch) == batch_size and not alike(keys, batch) for batch in batches)
+        times = Counter(row for batch in batches for row in batch)
+        rest = len(keys) - len(batches) * batch_size
+        never = len(keys) - len(times)
+        over = max(0, shoes - len(batches))  # a caption of more rows than batches cannot come more often
+        assert never <= max(rest, over) + 2
+        if epoch == 0:
+            assert sampler.left_out == never
+            assert sampler.repeated == sum(times.values()) - len(times)
+    assert sampler.alike == sum(any(sum(key in other for other in keys) > 1 for key in own) for own in keys)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch_size", "batches"),
+    [
+        ([5] * 8, 8, 5),  # each batch must hold every key
+        ([10, 10, 5, 5, 5, 5], 4, 10),  # two keys in each batch
+        ([10] + [1] * 30, 4, 10),  # one key in each
+        ([30, 1, 1, 1, 1], 2, 4),  # more rows than there can be batches
+        ([7, 7, 1], 3, 1),
+    ],
+    ids=str,
+)
+def test_as_many_batches_as_there_can_be(sizes: list[int], batch_size: int, batches: int):
+    keys = [[f"{key}"] for key, size in enumerate(sizes) for _ in range(size)]
+    for seed in range(20):
+        sampler = NoDuplicateSampler(keys, batch_size=batch_size, seed=seed)
+        assert len(sampler) == batches
+        rows = [row for batch in sampler.epoch(seed) for row in batch]
+        assert len(set(rows)) == len(rows) == batches * batch_size
+        assert sampler.left_out == len(keys) - len(rows)
+        assert sampler.repeated == 0
+
+
+def test_what_is_left_out_is_others_each_epoch():
+    keys = [["shoe"]] * 30 + [[f"{i}"] for i in range(10)]
+    sampler = NoDuplicateSampler(keys, batch_size=2, seed=1)
+    assert (len(sampler), sampler.left_out) == (10, 20)
+    shoes = [{row for batch in sampler.epoch(epoch) for row in batch if row < 30} for epoch in range(12)]
+    assert all(len(some) == 10 for some in shoes)
+    assert set().union(*shoes) == set(range(30))
+
+
+def test_no_duplicates_is_a_function_of_seed_and_epoch():
+    keys = products(60, 3)
+    one, again = (NoDuplicateSampler(keys, batch_size=8, seed=5) for _ in range(2))
+    assert one.epoch(4) == again.epoch(4)
+    assert one.epoch(4) == one.epoch(4)
+    assert one.epoch(4) != one.epoch(5)
+    assert one.epoch(4) != NoDuplicateSampler(keys, batch_size=8, seed=6).epoch(4)
+    assert isinstance(one, Sampler)
+    firsts = {one.epoch(epoch)[0][0] for epoch in range(20)}
+    assert len(firsts) > 10
+
+
+def test_rows_of_several_keys_that_do_not_come_out_even():
+    """Each row is alike to two others in a ring of three: the last batch is filled with what came before."""
+    keys = [[f"{i // 3}", f"{i % 3} {i // 9}"] for i in range(27)]
+    for seed in range(10):
+        sampler = NoDuplicateSampler(keys, batch_size=5, seed=seed)
+        for batch in sampler.epoch(seed):
+            assert len(set(batch)) == 5
+            assert not alike(keys, batch)
+        assert sampler.left_out + 5 * len(sampler) - sampler.repeated == 27
+
+
+@pytest.mark.parametrize(
+    ("keys", "batch_size", "message"),
+    [
+        ([["a"], ["b"]], 3, "there are only 2 items.*no_duplicate.batch_size=2 or less"),
+        ([["a"]] * 9, 2, "only 1 of the 9 items can stand together.*batch_size=1 or less"),
+        ([["a"], ["a", "b"], ["b"], ["b"]], 3, "only 2 of the 4 items"),
+        ([], 1, "only 0 items"),
+        ([["a"]], 0, "at least 1"),
+    ],
+)
+def test_batches_that_cannot_be_are_refused(keys: list[list[str]], batch_size: int, message: str):
+    with pytest.raises(InputError, match=message):
+        NoDuplicateSampler(keys, batch_size=batch_size, seed=0)
+
+
+def test_a_large_epoch_is_dealt_fast():
+    g = np.random.default_rng(0)
+    keys = [
+        [f"product {p}", f"caption {c}"]
+        for p, c in zip(g.integers(20_000, size=50_000), g.zipf(1.5, 50_000), strict=True)
+    ]
+    began = time.process_time()
+    sampler = NoDuplicateSampler(keys, batch_size=512, seed=0)
+    batches = sampler.epoch(1)
+    assert time.process_time() - began < 10
+    assert not any(alike(keys, batch) for batch in batches)

@@ -116,3 +116,38 @@ def test_rows_without_a_caption_are_measured_and_not_trained_on(tmp_path: Path) 
     assert results[0]["parts"] == results[1]["parts"]
     assert results[0]["train_images"] < results[1]["train_images"]
     assert any("no caption" in note for note in results[0]["notes"])
+
+
+@pytest.mark.parametrize("by", [["text", "label"], ["label"]], ids=str)
+def test_batches_without_two_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: list[str]) -> None:
+    """And in micro batches: what the loss sees is the whole batch."""
+    import vicinal.run as room
+
+    seen: list[list[str]] = []
+    plain = room.train_batches
+
+    def watched(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+        for batch in plain(*arguments, **named):
+            seen.append(list(batch["text"]))
+            yield batch
+
+    monkeypatch.setattr(room, "train_batches", watched)
+    data = {"glyphs": GLYPHS | {"images_per_face": 3}}
+    run(
+        recipe(data=data, sampler={"no_duplicate": {"batch_size": 5, "by": by}}, steps=6, micro_batch=2),
+        tmp_path / "run",
+        say=lambda _: None,
+    )
+    assert len(seen) >= 6
+    assert all(len(set(texts)) == len(texts) == 5 for texts in seen)
+
+
+def test_batches_that_cannot_be_filled_are_refused(tmp_path: Path) -> None:
+    cases = {
+        r"sampler\.shuffle\.batch_size=99, but there are only 24 images with captions": {"shuffle": {"batch_size": 99}},
+        r"batch_size=99, but there are only 24 items.*batch_size=24 or less": {"no_duplicate": {"batch_size": 99}},
+        r"no_duplicate\.by: the data has no column group": {"no_duplicate": {"batch_size": 4, "by": ["group"]}},
+    }
+    for number, (message, sampler) in enumerate(cases.items()):
+        with pytest.raises(InputError, match=message):
+            run(recipe(sampler=sampler), tmp_path / str(number), say=lambda _: None)

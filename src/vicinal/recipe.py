@@ -217,10 +217,21 @@ class HardClass(PK):
     neighbours: Annotated[int, Field(ge=1)] = 64
 
 
+class NoDuplicate(_Strict):
+    """Every image once an epoch, and no two that are alike in one batch: of one caption, or label, or group.
+
+    `by` names what makes two alike. Captions: any that both have, drawn or not.
+    """
+
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    by: Annotated[list[Literal["text", "label", "group"]], Field(min_length=1)] = ["text", "label"]
+
+
 class Sampler(_OneOf):
     """Which images stand together in a batch."""
 
     shuffle: Shuffle | None = None
+    no_duplicate: NoDuplicate | None = None
     pk: PK | None = None
     hard_class: HardClass | None = None
 

@@ -33,7 +33,7 @@ from vicinal.data.division import Division, Part, divide
 from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
-from vicinal.data.samplers import HardClassSampler, PKSampler, ShuffleSampler
+from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_shards, read_table, read_voc
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
@@ -69,7 +69,7 @@ from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
-from vicinal.recipe import PK, Data, HardClass, Recipe, Sampler, Shards, TrainValTest
+from vicinal.recipe import PK, Data, HardClass, NoDuplicate, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers, lock
@@ -102,6 +102,7 @@ __all__ = [
 
 Say = Callable[[str], None]
 SAME_PICTURE = 0.998  # cosine; bf16 rounds the embedding of one picture in two batches to above .9999
+Batches = ShuffleSampler | NoDuplicateSampler | PKSampler | HardClassSampler
 PAIRED = 5000  # images of which all pairs are compared at each validation
 WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -713,7 +714,7 @@ def _objective(
     original: Encoder,
     train: Manifest,
     untuned: Embeddings,
-    sampler: ShuffleSampler | PKSampler | HardClassSampler,
+    sampler: Batches,
     recipe: Recipe,
     out: Path,
 ) -> LabelObjective | ImageTextObjective | SemanticProxies:
@@ -760,7 +761,7 @@ def _contrastive(
     original: Encoder,
     train: Manifest,
     untuned: Embeddings,
-    sampler: ShuffleSampler | PKSampler | HardClassSampler,
+    sampler: Batches,
     recipe: Recipe,
 ) -> InfoNCE | SigLIP:
     """The loss with the scale (and bias) that the encoder has learnt; from random weights, with those of the papers."""
@@ -792,7 +793,7 @@ def _locked(encoder: Encoder, train: Manifest, untuned: Embeddings, recipe: Reci
     return kept
 
 
-def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> ShuffleSampler | PKSampler | HardClassSampler:
+def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> Batches:
     match recipe.sampler:
         case Sampler(pk=PK() as pk):
             return PKSampler(train.labels(), **pk.model_dump(), seed=recipe.seed)
@@ -800,9 +801,31 @@ def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> ShuffleSam
             nearest = class_neighbours(untuned.vectors, train.labels(), k)
             settings = hard.model_dump(exclude={"neighbours"})
             return HardClassSampler(train.labels(), nearest, **settings, seed=recipe.seed)
+        case Sampler(no_duplicate=NoDuplicate(batch_size=size, by=by)):
+            return NoDuplicateSampler(_alike(train, by), batch_size=size, seed=recipe.seed)
         case Sampler(shuffle=shuffle):
             size = shuffle.batch_size if shuffle else 64
+            if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES and size > len(train):
+                raise InputError(
+                    f"sampler.shuffle.batch_size={size}, but there are only {len(train)} images with captions to train "
+                    f"on, and the others of a batch are what loss.{recipe.loss.chosen[0]} compares with; set "
+                    f"sampler.shuffle.batch_size={len(train)} or less"
+                )
             return ShuffleSampler(len(train), min(size, len(train)), seed=recipe.seed)
+
+
+def _alike(train: Manifest, by: Sequence[str]) -> list[list[tuple[str, Any]]]:
+    """Of each row what it must not share with another of its batch."""
+    missing = [name for name in by if name != "text" and name not in train.names()]
+    if missing or ("text" in by and not any(train.captions())):
+        name = (missing or ["text"])[0]
+        raise InputError(f"sampler.no_duplicate.by: the data has no column {name}; leave it out of by, or add it")
+    keys: list[list[tuple[str, Any]]] = [[] for _ in range(len(train))]
+    for name in by:
+        values = train.captions() if name == "text" else [[value] for value in train.column(name)]
+        for own, several in zip(keys, values, strict=True):
+            own += [(name, value) for value in several if value is not None]
+    return keys
 
 
 def _optimizer(

@@ -1,4 +1,4 @@
-"""Which rows make a batch: plain shuffling, or K images each of P classes: any, or such as are hard to tell apart.
+"""Which rows make a batch: any; K images each of P classes, any or hard to tell apart; or no two that are alike.
 
 An epoch is a pure function of (seed, epoch): nothing is carried from one to the next, so that training can restart at
 any batch without replaying those before.
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from vicinal.types import InputError
 
-__all__ = ["HardClassSampler", "PKSampler", "Sampler", "ShuffleSampler", "occurrence"]
+__all__ = ["HardClassSampler", "NoDuplicateSampler", "PKSampler", "Sampler", "ShuffleSampler", "occurrence"]
 
 
 @runtime_checkable
@@ -228,6 +229,186 @@ class HardClassSampler:
     def epoch(self, epoch: int) -> list[list[int]]:
         """The rows of every batch: P runs of K rows of one class."""
         return self._pk._epoch(epoch, self._neighbours)
+
+
+class NoDuplicateSampler:
+    """Batches without two rows that are alike: of one product, one caption, one label.
+
+    Contrastive losses take the other items of a batch as negatives, and two photos of one product, or two products of
+    one caption, would be wrong ones. Rows are alike if they share any of their keys. Every row comes once an epoch, as
+    far as that can be: a key that stands in more rows than there are batches keeps some of them out, others each epoch,
+    and rows that do not fill a batch stay out as in `ShuffleSampler`.
+
+    Rows of one key are spread evenly over the epoch, and a key with as many rows left as there are batches left has to
+    be served now. The number of batches L is the largest for which sum_k min(n_k, L) >= B L, n_k being the rows whose
+    most frequent key is k. Where rows have several keys each, that may be one too many for a given order: the last
+    batches are then filled with rows that came before in the epoch. So all batches are of one size, and none has two
+    alike.
+
+    Args:
+        keys: of each of N rows; for instance ("product 7", "red shoe"). Rows without any are like no other.
+        batch_size: B.
+        seed: of the order.
+
+    Attributes:
+        alike: how many rows share a key with another.
+        left_out: how many rows an epoch leaves out, in epoch 0.
+        repeated: how many places an epoch fills with rows that came before, in epoch 0.
+
+    Raises:
+        InputError: there are fewer rows than a batch takes, or fewer that are not alike.
+
+    >>> sampler = NoDuplicateSampler([["shoe"], ["shoe"], ["hat"], ["coat"]], batch_size=2, seed=0)
+    >>> sorted(sorted(batch) for batch in sampler.epoch(0)) in ([[0, 2], [1, 3]], [[0, 3], [1, 2]])
+    True
+    """
+
+    def __init__(self, keys: Sequence[Sequence[Hashable]], *, batch_size: int, seed: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} must be at least 1")
+        if len(keys) < batch_size:
+            raise InputError(
+                f"sampler.no_duplicate.batch_size={batch_size}, but there are only {len(keys)} items to train on; set "
+                f"sampler.no_duplicate.batch_size={max(len(keys), 1)} or less"
+            )
+        self.batch_size = batch_size
+        self.seed = seed
+        counts = Counter(key for own in keys for key in set(own))
+        number = {key: i for i, (key, count) in enumerate(counts.items()) if count > 1}
+        # Only what several rows share can collide; the most frequent first.
+        self._keys = [
+            tuple(
+                number[key] for key in sorted({k for k in own if counts[k] > 1}, key=lambda k: (-counts[k], number[k]))
+            )
+            for own in keys
+        ]
+        self._members: dict[int, list[int]] = {}
+        for row, own in enumerate(self._keys):
+            for key in own:
+                self._members.setdefault(key, []).append(row)
+        self.alike = sum(1 for own in self._keys if own)
+        # Rows of rare keys first: as many as can stand together, or nearly.
+        order = sorted(range(len(keys)), key=lambda row: sum(len(self._members[key]) for key in self._keys[row]))
+        self._together = _Batch(self._keys, batch_size)
+        self._together.fill(order)
+        if len(self._together.rows) < batch_size:
+            most = len(self._together.rows)
+            raise InputError(
+                f"sampler.no_duplicate.batch_size={batch_size}, but only {most} of the {len(keys)} items can stand "
+                f"together without two of one caption, label or group; set sampler.no_duplicate.batch_size={most} or "
+                "less, or name fewer columns in sampler.no_duplicate.by"
+            )
+        self._batches = self._count()
+        first = self.epoch(0)
+        seen = {row for batch in first for row in batch}
+        self.left_out = len(keys) - len(seen)
+        self.repeated = len(first) * batch_size - len(seen)
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def epoch(self, epoch: int) -> list[list[int]]:
+        """The rows of every batch."""
+        places = self._spread(epoch)
+        order = places.argsort(kind="stable").tolist()
+        members = {key: deque(sorted(rows, key=places.__getitem__)) for key, rows in self._members.items()}
+        left = {key: len(rows) for key, rows in members.items()}  # rows of the key that are still to come
+        # The batch from which on a key must be in all: a heap, corrected when entries come due.
+        due = [(self._batches - count, key) for key, count in left.items()]
+        heapq.heapify(due)
+        forced: set[int] = set()
+        waiting: dict[int, deque[int]] = {}  # rows whose turn came beside an equal key, by that key
+        fresh = set(order)
+        queue = iter(order)
+        plan = []
+        for number in range(self._batches):
+            while due and due[0][0] <= number:
+                _, key = heapq.heappop(due)
+                if left[key] >= self._batches - number:
+                    forced.add(key)
+                elif left[key]:
+                    heapq.heappush(due, (self._batches - left[key], key))
+            batch = _Batch(self._keys, self.batch_size)
+            for key in sorted(forced, key=lambda key: -left[key]):
+                batch.serve(key, (row for row in members[key] if row in fresh))
+            for key in sorted(waiting, key=lambda key: -len(waiting[key])):
+                batch.serve(key, (row for row in waiting[key] if row in fresh))
+            while len(batch.rows) < self.batch_size and (row := next(queue, None)) is not None:
+                if row in fresh and (met := batch.add(row)) is not None:
+                    waiting.setdefault(met, deque()).append(row)
+            batch.fill(order)  # the last of an epoch: with those that came before
+            if len(batch.rows) < self.batch_size:
+                batch = self._together
+            served = {key for row in batch.rows if row in fresh for key in self._keys[row]}
+            fresh.difference_update(batch.rows)
+            for key in served:
+                for rows in (members[key], waiting.get(key, deque())):
+                    while rows and rows[0] not in fresh:
+                        rows.popleft()
+                left[key] -= 1
+                if not members[key]:
+                    forced.discard(key)
+                if not waiting.get(key, True):
+                    del waiting[key]
+            plan.append(list(batch.rows))
+        return plan
+
+    def _count(self) -> int:
+        """L, at least 1: concave in L, sum_k min(n_k, L) - B L is at least 0 from 0 up to it."""
+        sizes = np.array(list(Counter(own[0] if own else -1 - row for row, own in enumerate(self._keys)).values()))
+        low, high = 1, len(self._keys) // self.batch_size
+        while low < high:
+            middle = (low + high + 1) // 2
+            if np.minimum(sizes, middle).sum() >= self.batch_size * middle:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _spread(self, epoch: int) -> Float[np.ndarray, "N"]:
+        """A place in [0, 1) for each row: at random, but the j-th of n rows of one key within [j/n, (j + 1)/n)."""
+        draws = _random(self.seed, epoch, 2 * len(self._keys))
+        places, by_row = draws[: len(self._keys)].copy(), draws[len(self._keys) :]
+        first = np.array([own[0] if own else -1 for own in self._keys])
+        shared = np.flatnonzero(first >= 0)
+        shared = shared[np.lexsort((by_row[shared], first[shared]))]
+        sizes = np.bincount(first[shared]) if len(shared) else np.zeros(0, dtype=np.int64)
+        places[shared] = (occurrence(first[shared]) + places[shared]) / sizes[first[shared]]
+        return places
+
+
+class _Batch:
+    """Rows of which no two share a key, up to a size."""
+
+    def __init__(self, keys: Sequence[tuple[int, ...]], size: int) -> None:
+        self.keys = keys
+        self.size = size
+        self.rows: dict[int, None] = {}
+        self.used: set[int] = set()
+
+    def add(self, row: int) -> int | None:
+        """Take the row, unless one of its keys is in use: then that key."""
+        for key in self.keys[row]:
+            if key in self.used:
+                return key
+        self.rows[row] = None
+        self.used.update(self.keys[row])
+        return None
+
+    def serve(self, key: int, rows: Iterable[int]) -> None:
+        """Take the first of `rows`, all of this key, that fits."""
+        for row in rows:
+            if len(self.rows) == self.size or key in self.used:
+                return
+            self.add(row)
+
+    def fill(self, rows: Iterable[int]) -> None:
+        """Take those of `rows` that fit, until the batch is full."""
+        for row in rows:
+            if len(self.rows) == self.size:
+                return
+            if row not in self.rows:
+                self.add(row)
 
 
 def _random(seed: int, epoch: int, count: int) -> Float[np.ndarray, "count"]:
