@@ -71,6 +71,7 @@ from vicinal.models.merging import interpolate
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import PK, Data, HardClass, NoDuplicate, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
+from vicinal.training.devices import Processes
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.loop import FitResult, fit
@@ -110,6 +111,9 @@ WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, say: Say = print) -> Path:
     """Adapt a model as the recipe says, and prove what it did: baseline, training, difference, page.
 
+    Started by torchrun or `accelerate launch`, the processes share each batch and the embedding of images; the first
+    of them measures and writes.
+
     With `seeds` above 1, as many trainings, whose seeds count up from `seed`, share one baseline and one page: see
     `vicinal.seeds` for what then lies where.
 
@@ -127,35 +131,44 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     """
     out = Path(out).expanduser()
     started = time.monotonic()
+    processes = Processes.joined(pick_device(recipe.device))
+    say = say if processes.main else _nothing
     _refuse_other_run(recipe, out, resume)
+    processes.wait()  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "recipe.yaml", recipe.to_yaml())
-    ground = _prepare(recipe, say)
+    if processes.main:
+        _write(out / "recipe.yaml", recipe.to_yaml())
+    ground = _prepare(recipe, say, processes)
     manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
     parts = division.parts_within(needed)
-    before = ground.untuned.where(needed)
-    before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe))
-    before_scores = before_scores if recipe.seeds == 1 else pooled([before_scores])
-    save_scores(before_scores, out / "scores" / "before.safetensors")
-    _save_embeddings(out, "before", before, parts)
+    if processes.main:
+        before = ground.untuned.where(needed)
+        before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe))
+        before_scores = before_scores if recipe.seeds == 1 else pooled([before_scores])
+        save_scores(before_scores, out / "scores" / "before.safetensors")
+        _save_embeddings(out, "before", before, parts)
 
     folders = trainings(recipe, out)
     trained: dict[Path, dict[str, Any]] = {}
     for folder, own in folders.items():
         if recipe.seeds > 1:
             say(f"seed {own.seed}, {len(trained) + 1} of {recipe.seeds}")
-        trained[folder] = _train(ground, own, folder, own_resume(recipe, folder, resume), say)
+        trained[folder] = _train(ground, own, folder, own_resume(recipe, folder, resume), say, processes)
 
     measured = []
     for folder in trained:  # the test half, once for each training, after all of them
         tuned = load_encoder(str(folder / "model"))
-        after = _embed(tuned, manifest.where(needed), recipe, "after", say)
+        after = _embed(tuned, manifest.where(needed), recipe, "after", say, processes)
+        if not processes.main:
+            continue
         measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)))
         if len(measured) == 1:
             _save_embeddings(out, "after", after, parts)
             promote(folder, out)
         if folder != out:
             save_scores(measured[-1], folder / "scores" / "after.safetensors")
+    if not processes.main:
+        return out
     after_scores = measured[0] if recipe.seeds == 1 else pooled(measured)
     save_scores(after_scores, out / "scores" / "after.safetensors")
 
@@ -216,10 +229,14 @@ class _Ground:
         return Texts.of(encoder, self.manifest.where(self.division.measured()), recipe) if self.reads else None
 
 
-def _prepare(recipe: Recipe, say: Say) -> _Ground:
+def _nothing(words: str) -> None:
+    """What a process says that is not the first."""
+
+
+def _prepare(recipe: Recipe, say: Say, processes: Processes) -> _Ground:
     """Bring, divide, and embed with the model as it is; what the user gave wrong is said here, before any training."""
     _seed(recipe.seed)
-    manifest = bring(recipe.data)
+    manifest = processes.main_first(lambda: bring(recipe.data))
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
     contrastive = recipe.loss.chosen[0] in CONTRASTIVE_LOSSES
     if contrastive and not any(manifest.captions()):
@@ -228,9 +245,9 @@ def _prepare(recipe: Recipe, say: Say) -> _Ground:
             "with a column text, or captions; data.columns: {text: …} says which it is"
         )
     _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
-    original = open_model(recipe)
+    original = processes.main_first(lambda: open_model(recipe))
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
-    untuned = _embed(original, manifest, recipe, "baseline", say)
+    untuned = _embed(original, manifest, recipe, "baseline", say, processes)
     manifest, skipped = _readable(manifest, untuned)
     division = _without_leaks(manifest, _divide(manifest, recipe), untuned, recipe)
     say(f"split: {division}")
@@ -240,7 +257,9 @@ def _prepare(recipe: Recipe, say: Say) -> _Ground:
     return _Ground(manifest, skipped, division, original, untuned, reads)
 
 
-def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None, say: Say) -> dict[str, Any]:
+def _train(
+    ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None, say: Say, processes: Processes
+) -> dict[str, Any]:
     """One training, from the untuned model to `out/model`; the measured images take no part in it. Its facts."""
     _seed(recipe.seed)
     device = pick_device(recipe.device)
@@ -252,6 +271,8 @@ def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None
     counts = parameter_counts(encoder)
     untuned = ground.untuned.where(division.train)
     sampler = _sampler(train, untuned, recipe)
+    if (size := sampler.batch_size) % processes.count:
+        raise InputError(f"a batch of {size} cannot be shared evenly by {processes.count} processes: change sampler")
     objective = _objective(encoder, original, train, untuned, sampler, recipe, out)
     kept = _locked(encoder, train, untuned, recipe, say)
     transform = None if kept.image is not None else train_transform(encoder.preprocess, recipe.augment)
@@ -259,7 +280,14 @@ def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None
 
     def batches(start_step: int) -> Iterator[Batch]:
         drawn = train_batches(
-            train, transform, sampler, seed=recipe.seed, workers=recipe.workers, start_step=start_step
+            train,
+            transform,
+            sampler,
+            seed=recipe.seed,
+            workers=recipe.workers,
+            start_step=start_step,
+            rank=processes.rank,
+            world_size=processes.count,
         )
         return kept.fill(drawn)
 
@@ -294,8 +322,11 @@ def _train(ground: _Ground, recipe: Recipe, out: Path, resume: str | Path | None
     )
     if isinstance(objective, ImageTextObjective):
         objective.keep_scale()
-    tuned, weight, curve = _interpolated(original, encoder.cpu(), val, recipe, say)
-    tuned.save(out / "model")
+    weight, curve = 1.0, list[dict[str, float]]()
+    if processes.main:
+        tuned, weight, curve = _interpolated(original, encoder.cpu(), val, recipe, say)
+        tuned.save(out / "model")
+    processes.wait()
     chosen = {"wise_ft": {"weight": weight, "curve": curve}, "towers_not_run": list(kept.names)}
     return _training(fitted, counts, selected) | chosen
 
@@ -569,16 +600,22 @@ def picture_of(manifest: Manifest) -> Callable[[str], Image | None]:
 # ---------------------------------------------------------------------------------------------------------- pieces
 
 
-def _embed(encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say: Say) -> Embeddings:
+def _embed(
+    encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say: Say, processes: Processes
+) -> Embeddings:
+    """Each process embeds its share, and has all of them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     say(f"{stage}: embedding {len(manifest):,} images")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(stage, total=len(manifest))
-        return embed(
+    own = processes.share(len(manifest))
+    rows = np.zeros(len(manifest), bool)
+    rows[own] = True
+    with Progress(*columns, transient=True, disable=not processes.main) as bar:
+        task = bar.add_task(stage, total=int(rows.sum()))
+        embedded = embed(
             encoder,
-            manifest,
+            manifest.where(rows),
             batch_size=recipe.embed_batch_size,
             cache=default_cache() if recipe.cache == "auto" else recipe.cache,
             workers=recipe.workers,
@@ -587,6 +624,11 @@ def _embed(encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say
             on_error=recipe.data.on_error,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    if processes.count == 1 or rows.all():
+        return embedded
+    shares = processes.gathered(embedded)
+    vectors, labels = (torch.cat([getattr(share, name) for share in shares]) for name in ("vectors", "labels"))
+    return Embeddings(vectors, labels, tuple(name for share in shares for name in share.ids), embedded.classes)
 
 
 def reads_text(encoder: Encoder) -> bool:

@@ -1,13 +1,16 @@
-"""Where and in which precision a training runs: the thin layer over accelerate."""
+"""Where, in which precision and in how many processes a training runs: the thin layer over accelerate."""
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -16,9 +19,94 @@ from vicinal.types import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["TRACKERS", "accelerator_for"]
+__all__ = ["TRACKERS", "Processes", "accelerator_for"]
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
+PATIENCE = timedelta(hours=6)  # how long the others wait while one measures, or fetches data
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """The processes that train together, and which of them this is.
+
+    Args:
+        rank: of this one, from 0.
+        count: how many there are.
+
+    >>> alone = Processes()
+    >>> alone.main, alone.gathered("mine"), alone.told("mine")
+    (True, ['mine'], 'mine')
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def joined(cls, device: torch.device) -> Processes:
+        """Join those that torchrun or `accelerate launch` started beside this one; alone, where none were.
+
+        Each then has a GPU of its own, as "cuda" means it; on the CPU they talk by gloo.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+        atexit.register(_leave)
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that writes files, measures and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """The part of `count` things in a row that is this one's; all of them, where there are not enough to share.
+
+        >>> [Processes(rank, 3).share(10) for rank in range(3)]
+        [slice(0, 3, None), slice(3, 6, None), slice(6, 10, None)]
+        """
+        if count < self.count:
+            return slice(0, count)
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def gathered(self, value: T) -> list[T]:
+        """What each gave, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def told(self, value: T) -> T:
+        """What the main one gave."""
+        if self.count == 1:
+            return value
+        values: list[Any] = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        told: T = values[0]
+        return told
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.gathered(None)
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Let the main one do it before the others: what it writes into a cache they then find."""
+        if self.main:
+            done = work()
+            self.wait()
+            return done
+        self.wait()
+        return work()
+
+
+def _leave() -> None:
+    """Else a thread of gloo may outlive the interpreter, which then aborts."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def accelerator_for(device: torch.device, precision: str, trackers: Sequence[str], out: Path | None) -> Accelerator:
