@@ -28,6 +28,12 @@ PARTS = {
     "logos": {"unseen"},
     "logos_jetson": {"unseen"},
     "logos_small": {"unseen"},
+    "proxies_small": {"seen", "unseen"},
+    **{
+        f"proxies_{name}{size}": {"unseen"}
+        for name in ("cub", "cars", "sop", "inshop", "inat")
+        for size in ("", "_vitb")
+    },
 }
 flowers = flowers_miniature
 

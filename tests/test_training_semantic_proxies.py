@@ -297,6 +297,18 @@ def test_the_proxies_are_a_mix_of_learnt_of_present_and_of_stored(original: Enco
     assert objective.criterion.weight.norm(dim=1).mean().item() < 0.5
 
 
+def test_what_is_accumulated_can_begin_with_class_means(original: Encoder):
+    objective = make(original)
+    before = objective.stored.clone()
+    vectors = torch.randn(6, DIM, generator=torch.Generator().manual_seed(2))
+    objective.start_from_class_means(vectors, torch.tensor([0, 2, 2, 0, 3, 2]))
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    for c, own in {0: [0, 3], 2: [1, 2, 5], 3: [4]}.items():
+        expected = unit[own].sum(0)
+        torch.testing.assert_close(objective.stored[c], expected / expected.norm())
+    torch.testing.assert_close(objective.stored[[1, 4]], before[[1, 4]])
+
+
 def test_each_image_gets_the_prompts_of_its_class(original: Encoder):
     objective, batch = make(original).eval(), batch_at(3)
     nn.init.normal_(objective.table.table[:, : 5 * 64])

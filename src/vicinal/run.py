@@ -274,6 +274,7 @@ def _train(
     if (size := sampler.batch_size) % processes.count:
         raise InputError(f"a batch of {size} cannot be shared evenly by {processes.count} processes: change sampler")
     objective = _objective(encoder, original, train, untuned, sampler, recipe, out)
+    counts["aside"] = _trained_aside(objective)
     kept = _locked(encoder, train, untuned, recipe, say)
     transform = None if kept.image is not None else train_transform(encoder.preprocess, recipe.augment)
     steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
@@ -293,7 +294,8 @@ def _train(
 
     first = next(iter(batches(0)))
     check_adapted(encoder, first["image"][:2] if "image" in first else torch.zeros(2, 3, *encoder.preprocess.size))
-    say(f"training: {counts['trained']:,} of {counts['total']:,} parameters, {steps:,} steps on {device}")
+    aside = f", {counts['aside']:,} more for the loss alone" if counts["aside"] else ""
+    say(f"training: {counts['trained']:,} of {counts['total']:,} parameters{aside}, {steps:,} steps on {device}")
     optimizer = _optimizer(objective, recipe)
     val = manifest.where(division.val)
     selected = _can_select(val)
@@ -764,7 +766,7 @@ def _objective(
     if name == "semantic_proxies":
         kind, of_it = settings.accumulator.chosen
         given = of_it.model_dump() | ({"dim": encoder.embedding_dim} if kind == "gru" else {})
-        return SemanticProxies(
+        objective = SemanticProxies(
             encoder,
             len(train.classes),
             VisualPrompt(**settings.prompts.model_dump()),
@@ -772,6 +774,9 @@ def _objective(
             folder=out / "class_prompts" if settings.on_disk else None,
             **settings.model_dump(include={"share", "margin", "alpha", "max_bytes"}),
         )
+        if recipe.class_means:
+            objective.start_from_class_means(_through_head(encoder, train, untuned, recipe), train.labels())
+        return objective
     anchor: dict[str, Any] = {"retention": recipe.retention, "reference": original if recipe.retention else None}
     if name in CONTRASTIVE_LOSSES:
         loss = _contrastive(name, settings.model_dump(), original, train, untuned, sampler, recipe)
@@ -789,12 +794,22 @@ def _objective(
         )
     proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
     if recipe.class_means:
-        if isinstance(encoder.head, torch.nn.Identity):
-            vectors = untuned.vectors
-        else:  # a new head: the means have to pass through it
-            vectors = embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
-        start_from_class_means(proxies, vectors, train.labels())
+        start_from_class_means(proxies, _through_head(encoder, train, untuned, recipe), train.labels())
     return LabelObjective(encoder, proxies, **anchor)
+
+
+def _through_head(encoder: Encoder, train: Manifest, untuned: Embeddings, recipe: Recipe) -> Tensor:
+    """The training images as the encoder sees them before its first step: a new head has changed what is known."""
+    if isinstance(encoder.head, torch.nn.Identity):
+        return untuned.vectors
+    return embed(encoder, train, device=recipe.device, precision=recipe.precision).vectors
+
+
+def _trained_aside(objective: torch.nn.Module) -> int:
+    """How many numbers are trained that are no part of the encoder, and serve nothing afterwards."""
+    own = [p for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
+    prompts = objective.table.table.shape[0] * objective.table.numbers if isinstance(objective, SemanticProxies) else 0
+    return sum(p.numel() for p in own) + prompts
 
 
 def _contrastive(
@@ -959,7 +974,9 @@ def _training(fitted: FitResult, counts: Mapping[str, int], selected: bool) -> d
         "seconds": round(fitted.seconds, 1),
         "images_per_second": round(float(np.median(rates)), 1) if rates else None,
         "trained_parameters": counts["trained"],
+        "trained_aside": counts["aside"],
         "inference_parameters": counts["inference"],
+        "added_parameters": counts["added"],
         "total_parameters": counts["total"],
     }
 

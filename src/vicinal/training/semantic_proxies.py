@@ -38,6 +38,7 @@ from torch.nn.functional import dropout
 from torch.optim import Optimizer
 
 from vicinal.losses.cosine import unit
+from vicinal.losses.margin import start_from_class_means
 from vicinal.losses.proxy import ProxyAnchor, proxy_anchor
 from vicinal.models.encoder import Encoder
 from vicinal.models.methods import VisualPrompt, _check_halves
@@ -435,6 +436,16 @@ class SemanticProxies(nn.Module):
         nn.init.xavier_uniform_(self.criterion.weight.data).div_(8)  # shorter than K, which leads at first
         self.table = PromptTable(classes, sum(self.counts), width, std=prompts.std, folder=folder, max_bytes=max_bytes)
         self.register_buffer("stored", unit(torch.randn(classes, dim)))
+
+    def start_from_class_means(self, embeddings: Float[Tensor, "N D"], labels: Int[Tensor, "N"]) -> None:
+        """Let K begin with the mean direction of each class's embeddings by the encoder as it is, instead of at random.
+
+        The authors begin at random; with few steps the first of them then go into finding what is already known.
+        """
+        known = ProxyAnchor(self.stored.shape[1], len(self.stored)).to(self.stored.device)
+        known.weight.data.copy_(self.stored)  # what a class without embeddings keeps
+        start_from_class_means(known, embeddings, labels)
+        self.stored.copy_(unit(known.weight.detach()))
 
     def train(self, mode: bool = True) -> SemanticProxies:
         """As usual, but batch norms without a trained parameter keep their statistics."""
