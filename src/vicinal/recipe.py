@@ -23,6 +23,7 @@ from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
 from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES
 from vicinal.models.adapters import ADAPTERS, VisualPrompt
+from vicinal.models.text_tower import TextTower
 from vicinal.training.semantic_proxies import ACCUMULATORS
 from vicinal.types import InputError
 
@@ -153,6 +154,17 @@ class Data(_Strict):
         return next((name, value) for name in ONE_OF["data"] if (value := getattr(self, name)) is not None)
 
 
+class Probe(_Strict):
+    """What the model knows already and should not forget: images with labels, recognised by name before and after.
+
+    `part` takes the rows of one part where the data has a `split` column. None of its images may be trained on.
+    """
+
+    data: Data
+    part: Literal["train", "val", "test"] | None = None
+    templates: Annotated[list[str], Field(min_length=1)] = ["{}"]
+
+
 class ClassDisjoint(_Strict):
     """Some classes are never seen in training. The only honest test of a model for classes that come later.
 
@@ -246,8 +258,10 @@ class PreprocessChange(_Strict):
 if TYPE_CHECKING:  # built from the tables below, which a type checker does not run
     Loss: TypeAlias = _OneOf
     Adapter: TypeAlias = _OneOf
+    NewTextTower: TypeAlias = _Strict
 else:
     Accumulator = _one_of("Accumulator", ACCUMULATORS)
+    NewTextTower = _settings(TextTower, "NewTextTower")
     ClassPrompts = _settings(VisualPrompt, "ClassPrompts")
 
     class SemanticProxies(_Strict):
@@ -315,6 +329,7 @@ class Recipe(_Strict):
     model: str
     preprocess: PreprocessChange = PreprocessChange()
     random_init: bool = False
+    text_tower: NewTextTower | None = None
     cache_dir: str | None = None
     adapt: list[Adapter] = Field(default_factory=lambda: [Adapter.model_validate({"lora": {}})], min_length=1)
     loss: Loss = Field(default_factory=lambda: Loss.model_validate({"arcface": {"margin": 0.3, "scale": 20.0}}))
@@ -336,6 +351,7 @@ class Recipe(_Strict):
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     retention: Annotated[float, Field(ge=0)] = 0.0
+    probe: Probe | None = None
     wise_ft: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
 
@@ -382,7 +398,12 @@ class Recipe(_Strict):
             raise ValueError("retention: semantic_proxies have none; leave it out")
         if self.loss.chosen[0] in CONTRASTIVE_LOSSES and any(a.chosen[0] == "linear_head" for a in self.adapt):
             raise ValueError(f"loss.{self.loss.chosen[0]}: a linear_head moves images away from texts; leave it out")
-        if wrong := next((template for template in self.templates if template.count("{}") != 1), None):
+        if self.probe is not None and any(a.chosen[0] == "linear_head" for a in self.adapt):
+            raise ValueError(
+                "probe: a linear_head moves images away from the names they are recognised by; leave it out"
+            )
+        templates = [*self.templates, *(self.probe.templates if self.probe else [])]
+        if wrong := next((template for template in templates if template.count("{}") != 1), None):
             raise ValueError(f"templates: write {{}} once where the class name goes, not as in {wrong!r}")
         if self.memory is not None and self.loss.chosen[0] not in pairs:
             raise ValueError(f"memory: only a pair loss remembers items ({', '.join(pairs)}); leave it out")
@@ -536,6 +557,9 @@ def _without_unchosen(content: Any) -> Any:  # noqa: ANN401  a YAML value
     }
     for key in ("data", "split", "sampler", "loss"):
         content[key] = {k: v for k, v in content[key].items() if v is not None or k not in ONE_OF[key]}
+    if content["probe"] is not None:
+        data = content["probe"]["data"].items()
+        content["probe"]["data"] = {k: v for k, v in data if v is not None or k not in ONE_OF["data"]}
     return {key: content[key] for key in Recipe.model_fields}
 
 

@@ -35,6 +35,7 @@ from vicinal.data.loader import train_batches
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_shards, read_table, read_voc
+from vicinal.data.splits import official
 from vicinal.data.transforms import train_transform
 from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
@@ -44,6 +45,7 @@ from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
 from vicinal.evaluation.scores import differences, estimates, load_scores, plain, save_scores
 from vicinal.evaluation.verification import similarities, verification
+from vicinal.forgetting import Lost, Probe, Sweep, sweep
 from vicinal.losses import (
     CONTRASTIVE_LOSSES,
     PAIR_LOSSES,
@@ -68,6 +70,7 @@ from vicinal.models.adapters import (
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
+from vicinal.models.text_tower import TextTower, with_text_tower
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import PK, Data, HardClass, NoDuplicate, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
@@ -105,7 +108,6 @@ Say = Callable[[str], None]
 SAME_PICTURE = 0.998  # cosine; bf16 rounds the embedding of one picture in two batches to above .9999
 Batches = ShuffleSampler | NoDuplicateSampler | PKSampler | HardClassSampler
 PAIRED = 5000  # images of which all pairs are compared at each validation
-WISE_FT_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, say: Say = print) -> Path:
@@ -141,12 +143,15 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     ground = _prepare(recipe, say, processes)
     manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
     parts = division.parts_within(needed)
+    lost = None
     if processes.main:
         before = ground.untuned.where(needed)
         before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe))
         before_scores = before_scores if recipe.seeds == 1 else pooled([before_scores])
         save_scores(before_scores, out / "scores" / "before.safetensors")
         _save_embeddings(out, "before", before, parts)
+        if ground.probe is not None:
+            lost = Lost(ground.probe, ground.original, halved=recipe.wise_ft == "auto")
 
     folders = trainings(recipe, out)
     trained: dict[Path, dict[str, Any]] = {}
@@ -162,6 +167,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         if not processes.main:
             continue
         measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)))
+        if lost is not None:
+            lost.ask(tuned)
         if len(measured) == 1:
             _save_embeddings(out, "after", after, parts)
             promote(folder, out)
@@ -202,6 +209,10 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     }
     if recipe.seeds > 1:
         results["seeds"] = seed_rows([own.seed for own in folders.values()], facts, measured)
+    if lost is not None:
+        results["probe"] = {side: plain(found) for side, found in lost.metrics().items()}
+        save_scores(lost.scores(), out / "scores" / "probe.safetensors")
+        say(str(lost))
     _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = remake_report(out, manifest=manifest)
     for line in _headlines(estimates(before_scores), estimates(after_scores), changes):
@@ -223,6 +234,7 @@ class _Ground:
     original: Encoder
     untuned: Embeddings
     reads: bool
+    probe: Probe | None
 
     def texts(self, encoder: Encoder, recipe: Recipe) -> Texts | None:
         """What the measured images are called, if the model still reads text."""
@@ -254,7 +266,8 @@ def _prepare(recipe: Recipe, say: Say, processes: Processes) -> _Ground:
     if contrastive:
         division = _captioned(manifest, division)
     reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
-    return _Ground(manifest, skipped, division, original, untuned, reads)
+    probe = _probe(recipe, original, manifest.where(division.train))
+    return _Ground(manifest, skipped, division, original, untuned, reads, probe)
 
 
 def _train(
@@ -324,13 +337,13 @@ def _train(
     )
     if isinstance(objective, ImageTextObjective):
         objective.keep_scale()
-    weight, curve = 1.0, list[dict[str, float]]()
+    between: dict[str, Any] = {"wise_ft": {"weight": 1.0, "curve": []}, "towers_not_run": list(kept.names)}
     if processes.main:
-        tuned, weight, curve = _interpolated(original, encoder.cpu(), val, recipe, say)
-        tuned.save(out / "model")
+        chosen = _interpolated(original, encoder.cpu(), val, recipe, ground.probe, say)
+        chosen.encoder.save(out / "model")
+        between["wise_ft"] = {"weight": chosen.weight, "curve": chosen.curve}
     processes.wait()
-    chosen = {"wise_ft": {"weight": weight, "curve": curve}, "towers_not_run": list(kept.names)}
-    return _training(fitted, counts, selected) | chosen
+    return _training(fitted, counts, selected) | between
 
 
 def bring(data: Data) -> Manifest:
@@ -419,14 +432,19 @@ def open_uri(model: str, *, size: int | None = None) -> Encoder:
 
 
 def open_model(recipe: Recipe) -> Encoder:
-    """The encoder that a recipe names, before any change but that of its preprocessing."""
-    return load_encoder(
+    """The encoder that a recipe names, before any change but that of its preprocessing, and a new text tower."""
+    encoder = load_encoder(
         recipe.model,
         size=recipe.preprocess.size,
         crop=recipe.preprocess.crop,
         cache_dir=recipe.cache_dir,
         random_init=recipe.random_init,
     )
+    if recipe.text_tower is None:
+        return encoder
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        return with_text_tower(encoder, TextTower(**recipe.text_tower.model_dump()))
 
 
 def measure(
@@ -822,7 +840,7 @@ def _contrastive(
     recipe: Recipe,
 ) -> InfoNCE | SigLIP:
     """The loss with the scale (and bias) that the encoder has learnt; from random weights, with those of the papers."""
-    if recipe.random_init or original.logit_scale is None:
+    if recipe.random_init or recipe.text_tower is not None or original.logit_scale is None:
         return CONTRASTIVE_LOSSES[name](**settings)
     if name == "infonce":
         return InfoNCE(scale=min(original.logit_scale, 100.0), **settings)
@@ -925,20 +943,43 @@ def _some_classes(embeddings: Embeddings, most: int) -> Embeddings:
 
 
 def _interpolated(
-    original: Encoder, tuned: Encoder, val: Manifest, recipe: Recipe, say: Say
-) -> tuple[Encoder, float, list[dict[str, float]]]:
-    """WiSE-FT: theta = (1 - w) original + w tuned; "auto" takes the w that is best on validation."""
+    original: Encoder, tuned: Encoder, val: Manifest, recipe: Recipe, probe: Probe | None, say: Say
+) -> Sweep:
+    """WiSE-FT: theta = (1 - w) original + w tuned; "auto" takes the w that is best on validation, and on the probe."""
     if recipe.wise_ft is None:
-        return merge(tuned), 1.0, []
+        return Sweep(merge(tuned), 1.0, [])
     if recipe.wise_ft != "auto":
-        return interpolate(original, tuned, recipe.wise_ft), recipe.wise_ft, []
-    curve = []
-    for weight in WISE_FT_WEIGHTS:
-        metrics = _validate(interpolate(original, tuned, weight), val, recipe)
-        curve.append({"weight": weight} | {name: estimate.value for name, estimate in metrics.items()})
-    best = max(curve, key=lambda point: point[recipe.monitor])["weight"]
-    say(f"interpolation: weight {best} is best on validation")
-    return interpolate(original, tuned, best), best, curve
+        return Sweep(interpolate(original, tuned, recipe.wise_ft), recipe.wise_ft, [])
+    rows = None if probe is None else probe.halves()[0]
+    found = sweep(original, tuned, lambda e: _validate(e, val, recipe), monitor=recipe.monitor, probe=probe, rows=rows)
+    say(f"interpolation: weight {found.weight} is best on validation{' and the probe' if probe else ''}")
+    return found
+
+
+def _probe(recipe: Recipe, encoder: Encoder, train: Manifest) -> Probe | None:
+    """The recipe's probe, none of whose pictures is trained on."""
+    if recipe.probe is None:
+        return None
+    if not reads_text(encoder):
+        raise InputError(
+            f"probe: {encoder.source} reads no texts, so nothing can be recognised by name; leave probe out"
+        )
+    manifest = bring(recipe.probe.data)
+    if (part := recipe.probe.part) is not None:
+        parts = official(manifest.column("split")) if "split" in manifest.names() else {}
+        if part not in parts:
+            raise InputError(f"probe.part is {part}, and the probe's data has {', '.join(parts) or 'no column split'}")
+        manifest = manifest.where(parts[part])
+    trained = {train.path(i).resolve() for i in range(len(train))}
+    both = [i for i in range(len(manifest)) if manifest.path(i).resolve() in trained]
+    if both:
+        raise InputError(
+            f"probe: {len(both)} of its pictures are trained on, the first {manifest.path(both[0])}; take others, such "
+            "as probe.part=test"
+        )
+    settings = {"device": recipe.device, "precision": recipe.precision}
+    cache = default_cache() if recipe.cache == "auto" else recipe.cache
+    return Probe(manifest.compact(), recipe.probe.templates, settings, cache)
 
 
 def _headlines(

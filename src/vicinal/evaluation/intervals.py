@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from vicinal.types import Estimate, InputError, Metrics, PerQuery
 
-__all__ = ["mean", "over_seeds", "paired_difference"]
+__all__ = ["mean", "over_seeds", "paired_difference", "paired_ratio"]
 
 LEVELS = (2.5, 97.5)  # per cent
 CHUNK = 2**17  # weights drawn at once: a few MB, which a cache holds
@@ -124,6 +124,47 @@ def paired_difference(before: PerQuery, after: PerQuery, *, resamples: int = 200
             f"no metric is on both sides: before has {', '.join(before.values)}; after has {', '.join(after.values)}"
         )
     return mean(PerQuery(values, before.units, before.macro), resamples=resamples, seed=seed)
+
+
+def paired_ratio(before: PerQuery, after: PerQuery, *, resamples: int = 2000, seed: int = 0) -> Metrics:
+    """The mean of `after` over the mean of `before`, on the same queries, with its interval: the share that was kept.
+
+    Each resample draws the same classes and replicates on both sides and divides their two means; 1 is all, above 1 is
+    more than there was.
+
+    Args:
+        before: values "R Q" or "1 Q".
+        after: of the same queries, in the same order, as in `paired_difference`.
+        resamples: of the bootstrap.
+        seed: of the resampling.
+
+    Returns:
+        An Estimate for each metric that both sides have; NaN where the mean of `before` is 0.
+
+    Raises:
+        InputError: as in `paired_difference`.
+
+    >>> units = torch.arange(4)
+    >>> before = PerQuery({"accuracy@0shot": torch.tensor([[1.0, 1.0, 1.0, 0.0]])}, units)
+    >>> after = PerQuery({"accuracy@0shot": torch.tensor([[1.0, 0.0, 1.0, 0.0]])}, units)
+    >>> round(paired_ratio(before, after)["accuracy@0shot"].value, 4)
+    0.6667
+    """
+    unit = np.unique(before.units.cpu().numpy(), return_inverse=True)[1]
+    ratios: Metrics = {}
+    for name in paired_difference(before, after, resamples=1):  # checks both sides
+        sides = [side.values[name].cpu().double() for side in (before, after)]
+        both = torch.isnan(sides[0] + sides[1])
+        one, other = (
+            _Table.of(side.expand_as(both).masked_fill(both, torch.nan).numpy(), unit, macro=before.macro)
+            for side in sides
+        )
+        # sums over sums: what is counted cancels
+        table = _Table(other.sums, one.sums, one.units, one.queries)
+        low, high = _percentiles({name: table}, resamples, seed)[name] if one.sums.any() else (float("nan"),) * 2
+        value = table.value if one.sums.any() else float("nan")
+        ratios[name] = Estimate(value, low, high, n=len(table.units), queries=table.queries)
+    return ratios
 
 
 def over_seeds(measured: Sequence[PerQuery]) -> PerQuery:

@@ -91,6 +91,7 @@ def report(record: Record, pictures: Callable[[str], Image | None]) -> str:
         entropies=[entropy for view in shown if (entropy := closeups.entropy(view)) is not None],
         similarities=[pairs for view in shown if (pairs := closeups.similarity(view, seed)) is not None],
         training=_training(record),
+        elsewhere=_lost_elsewhere(record.results),
         classes=closeups.class_table(shown[0], album) if shown else None,
         notes=_notes(record),
         groups=_fact_groups(record.results),
@@ -408,6 +409,44 @@ def _training(record: Record) -> dict[str, Any] | None:
     return {"panels": panels} if panels else None
 
 
+def _lost_elsewhere(results: Results) -> dict[str, Any] | None:
+    """The probe before and after, and what each weight between the two models keeps of it."""
+    given = results.get("probe")
+    if not isinstance(given, Mapping):
+        return None
+    rows = []
+    for name, after in (given.get("after") or {}).items():
+        before, difference, kept = ((given.get(side) or {}).get(name) for side in ("before", "difference", "kept"))
+        rows.append(
+            {
+                "name": name,
+                "before": before,
+                "after": after,
+                "difference": difference,
+                "kept": kept,
+                "intervals": [
+                    _interval(before),
+                    _interval(after),
+                    _interval(difference, signed=True),
+                    _interval(kept),
+                ],
+                "verdict": _verdict(difference),
+                "n": int(after.get("n", 0)),
+                "queries": int(after.get("queries", 0)),
+            }
+        )
+    blend = (results.get("training") or {}).get("wise_ft") or {}
+    name = "probe/accuracy@0shot"
+    curve = [p for p in blend.get("curve") or [] if known(p.get("weight")) and known(p.get(name))]
+    panels = []
+    if len(curve) > 1:
+        line = Series([float(p["weight"]) for p in curve], [float(p[name]) for p in curve], "after", dotted=True)
+        marks = [(float(blend["weight"]), f"chosen: {blend['weight']:g}", "chosen")]
+        label = "0 = original weights, 1 = tuned weights"
+        panels.append(panel("Interpolation, probe's zero-shot accuracy", [line], x_label=label, marks=marks))
+    return {"rows": rows, "panels": panels} if rows else None
+
+
 def _monitor(record: Record, checks: Mapping[int, Mapping[str, Any]]) -> str | None:
     """The validation metric that chose the step: the recipe says which; else MAP@R; else the first there is."""
     names = list(dict.fromkeys(name for values in checks.values() for name in values))
@@ -463,7 +502,7 @@ def _duration(seconds: float | int) -> str:
 
 def _fact_groups(results: Results) -> list[dict[str, Any]]:
     """Everything else the run recorded, whatever its keys are: nothing is dropped because a name is new."""
-    shown_elsewhere = {"before", "after", "difference", "seeds"}
+    shown_elsewhere = {"before", "after", "difference", "seeds", "probe"}
     groups = []
     titles = {"data": "Data", "model": "Model", "training": "Training", "environment": "Environment"}
     for key, title in titles.items():

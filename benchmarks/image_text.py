@@ -1,0 +1,170 @@
+"""Image-text tuning on small real data: tables, a base model, and what tuning it to a new domain gains and costs.
+
+    python benchmarks/image_text.py tables --data DATA --out TABLES      # four data sets -> tables of images and captions
+    vicinal train recipes/lit.yaml data.table=TABLES/base.parquet data.root=DATA model=timm:vit_tiny_patch16_224@WEIGHTS out=BASE
+    python benchmarks/image_text.py study --tables TABLES --data DATA --base BASE/model --out RUNS [CELL ...]
+    python benchmarks/image_text.py show --out RUNS
+
+DATA holds the folders `emoji`, `brand_logos`, `grocery` and `clothing`, each with a `table.csv`.
+
+**Who sees what.** The name of an item, hashed, says whether the base model is trained on it (half of all), selected on it
+(a tenth), or never sees it (the rest, "reserved"). Beside that it sees no picture in the emoji style `fx`, no test
+picture of a grocery, and no garment at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+Row = dict[str, Any]
+
+
+def bucket(name: str, salt: str) -> int:
+    """0 to 99, the same on every machine."""
+    return int(hashlib.sha256(f"{salt}/{name.casefold()}".encode()).hexdigest(), 16) % 100
+
+
+def base_part(name: str) -> str:
+    """Which part of the base model's data an item is in."""
+    place = bucket(name, "base")
+    return "train" if place < 50 else "val" if place < 60 else "reserved"
+
+
+def read(data: Path, name: str) -> list[Row]:
+    rows = pa.csv.read_csv(
+        data / name / "table.csv",
+        convert_options=pa.csv.ConvertOptions(column_types={"label": pa.string(), "title": pa.string()}),
+    ).to_pylist()
+    return [row | {"image": f"{name}/{row['image']}", "data": name} for row in rows]
+
+
+def emoji(data: Path) -> list[Row]:
+    """An item is a name; its captions are that name and the keywords, each of which several items may share."""
+    return [
+        row
+        | {"label": row["caption"], "text": row["caption"], "captions": [row["caption"], *row["keywords"].split("|")]}
+        for row in read(data, "emoji")
+    ]
+
+
+def brands(data: Path) -> list[Row]:
+    """An item is a brand; its captions are the titles that the collections give it, the commonest first."""
+    rows = read(data, "brand_logos")
+    titles: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        titles[row["label"]][row["title"]] += 1
+    ranked = {label: sorted(of, key=lambda t, of=of: (-of[t], len(t), t)) for label, of in titles.items()}
+    return [
+        row | {"label": ranked[row["label"]][0], "text": ranked[row["label"]][0], "captions": ranked[row["label"]]}
+        for row in rows
+    ]
+
+
+def grocery(data: Path, *, described: bool) -> list[Row]:
+    """An item is a product: its name, what is written of it, and each sentence of that."""
+    rows = []
+    for row in read(data, "grocery"):
+        name, text = row["label"].replace("-", " "), row["description"]
+        sentences = [part.strip(" .") + "." for part in text.split(". ") if len(part) > 10]
+        captions = [text, name, *sentences] if described else [name, text, *sentences]
+        rows.append(row | {"label": name, "text": captions[0], "captions": list(dict.fromkeys(captions))})
+    return rows
+
+
+def clothing(data: Path) -> list[Row]:
+    """An item is a caption, such as "kids dress"; the photographers are apart."""
+    rows = []
+    for row in read(data, "clothing"):
+        kind = row["caption"]
+        said = [kind, f"a photo of a {kind}", f"{kind} on the floor", f"a {kind.removeprefix('kids ')}, clothing"]
+        rows.append(row | {"label": kind, "text": kind, "captions": said, "group": f"sender {row['sender']}"})
+    return rows
+
+
+def base(data: Path) -> Iterable[Row]:
+    """What the base model is trained, selected and measured on."""
+    for row in (*emoji(data), *brands(data), *grocery(data, described=False)):
+        part = base_part(row["label"])
+        if row["data"] == "emoji" and row["style"] == "fx":
+            continue
+        if row["data"] == "grocery":
+            if row["split"] != ("test" if part == "reserved" else "train"):
+                continue
+        yield row | {"split": "test" if part == "reserved" else part}
+
+
+def emoji_fx(data: Path) -> Iterable[Row]:
+    """The unseen style. Measured and selected on names that the base model has not seen either."""
+    for row in emoji(data):
+        if row["style"] == "fx":
+            yield row | {"split": within_reserved(row["label"])}
+
+
+def brand_titles(data: Path) -> Iterable[Row]:
+    """Marks and titles, measured and selected on brands that the base model has not seen."""
+    for row in brands(data):
+        yield row | {"split": within_reserved(row["label"])}
+
+
+def within_reserved(name: str) -> str:
+    """Of the reserved items a sixth to train on too, a third to select on, a half to measure."""
+    if base_part(name) != "reserved":
+        return "train"
+    place = bucket(name, "study")
+    return "train" if place < 17 else "val" if place < 50 else "test"
+
+
+def grocery_texts(data: Path) -> Iterable[Row]:
+    """The official division; the caption that counts is the product's text."""
+    yield from grocery(data, described=True)
+
+
+def clothing_sender(data: Path) -> Iterable[Row]:
+    """Photographers apart: six tenths to train, one to select, three to measure."""
+    for row in clothing(data):
+        place = bucket(row["group"], "study")
+        yield row | {"split": "train" if place < 60 else "val" if place < 70 else "test"}
+
+
+TABLES = {
+    "base": base,
+    "emoji_fx": emoji_fx,
+    "brand_titles": brand_titles,
+    "grocery_texts": grocery_texts,
+    "clothing_sender": clothing_sender,
+}
+COLUMNS = ("image", "label", "text", "captions", "split", "data")
+
+
+def write_tables(data: Path, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in TABLES.items():
+        kept = [{column: row[column] for column in COLUMNS} for row in rows(data)]
+        pa.parquet.write_table(pa.Table.from_pylist(kept), out / f"{name}.parquet")
+        parts = Counter(row["split"] for row in kept)
+        items = {part: len({row["label"] for row in kept if row["split"] == part}) for part in parts}
+        print(f"{name}: " + ", ".join(f"{part} {parts[part]:,} images of {items[part]:,} items" for part in parts))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    tables = verbs.add_parser("tables")
+    tables.add_argument("--data", type=Path, required=True)
+    tables.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    if given.verb == "tables":
+        write_tables(given.data, given.out)
+
+
+if __name__ == "__main__":
+    main()
