@@ -1,14 +1,15 @@
-"""Image-text tuning on small real data: tables, a base model, and what tuning it to a new domain gains and costs.
+r"""Image-text tuning on small real data: tables, a base model, and what tuning it to a new domain gains and costs.
 
-    python benchmarks/image_text.py tables --data DATA --out TABLES      # four data sets -> tables of images and captions
-    vicinal train recipes/lit.yaml data.table=TABLES/base.parquet data.root=DATA model=timm:vit_tiny_patch16_224@WEIGHTS out=BASE
+    python benchmarks/image_text.py tables --data DATA --out TABLES     # four data sets -> images and captions
+    vicinal train recipes/lit.yaml data.table=TABLES/base.parquet data.root=DATA out=BASE \
+        model=timm:vit_tiny_patch16_224@WEIGHTS preprocess.size=112
     python benchmarks/image_text.py study --tables TABLES --data DATA --base BASE/model --out RUNS [CELL ...]
     python benchmarks/image_text.py show --out RUNS
 
 DATA holds the folders `emoji`, `brand_logos`, `grocery` and `clothing`, each with a `table.csv`.
 
-**Who sees what.** The name of an item, hashed, says whether the base model is trained on it (half of all), selected on it
-(a tenth), or never sees it (the rest, "reserved"). Beside that it sees no picture in the emoji style `fx`, no test
+**Who sees what.** The name of an item, hashed, says whether the base model is trained on it (half of all), selected on
+it (a tenth), or never sees it (the rest, "reserved"). Beside that it sees no picture in the emoji style `fx`, no test
 picture of a grocery, and no garment at all.
 """
 
@@ -96,9 +97,8 @@ def base(data: Path) -> Iterable[Row]:
         part = base_part(row["label"])
         if row["data"] == "emoji" and row["style"] == "fx":
             continue
-        if row["data"] == "grocery":
-            if row["split"] != ("test" if part == "reserved" else "train"):
-                continue
+        if row["data"] == "grocery" and row["split"] != ("test" if part == "reserved" else "train"):
+            continue
         yield row | {"split": "test" if part == "reserved" else part}
 
 

@@ -126,8 +126,8 @@ class Lost:
     def __str__(self) -> str:
         one = {side: found["accuracy@0shot"] for side, found in self.metrics().items()}
         return (
-            f"probe, accuracy@0shot: {one['before'].value:.3f} -> {one['after'].value:.3f}, kept {one['kept'].value:.1%} "
-            f"[{one['kept'].low:.1%}, {one['kept'].high:.1%}], {one['after'].n} classes"
+            f"probe, accuracy@0shot: {one['before'].value:.3f} -> {one['after'].value:.3f}, "
+            f"kept {one['kept'].value:.1%} [{one['kept'].low:.1%}, {one['kept'].high:.1%}], {one['after'].n} classes"
         )
 
 

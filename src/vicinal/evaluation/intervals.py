@@ -151,7 +151,7 @@ def paired_ratio(before: PerQuery, after: PerQuery, *, resamples: int = 2000, se
     0.6667
     """
     unit = np.unique(before.units.cpu().numpy(), return_inverse=True)[1]
-    ratios: Metrics = {}
+    ratios: dict[str, Estimate] = {}
     for name in paired_difference(before, after, resamples=1):  # checks both sides
         sides = [side.values[name].cpu().double() for side in (before, after)]
         both = torch.isnan(sides[0] + sides[1])
