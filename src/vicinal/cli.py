@@ -186,6 +186,46 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A run folder, or any model; `threshold.json` comes beside it.")],
+    source: Annotated[Path | None, typer.Argument(help="Classes it was not trained on. None: the run's own.")] = None,
+    queries: Annotated[Path | None, typer.Option(help="Pictures to ask about; SOURCE's are then references.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="A model to compare with, as before tuning.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Share of unknown queries accepted; else the best F1.")] = None,
+    gallery: Annotated[int | None, typer.Option(help="Of the rate: how many classes will be enrolled.")] = None,
+    fusion: Annotated[str, typer.Option(help="max, mean, topk or multi-ref.")] = "topk",
+    top: Annotated[int, typer.Option("-k", help="Of topk and multi-ref.")] = 3,
+    margin: Annotated[float, typer.Option(help="How far the second class must be behind.")] = 0.02,
+    references: Annotated[int, typer.Option(help="The most a class, where they are drawn.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of draws and halves.")] = 42,
+    size: Annotated[int | None, typer.Option(help="Input size in pixels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where plots and scores go; else beside the model.")] = None,
+    device: str = "auto",
+    columns: Columns = None,
+) -> None:
+    """Fit the score from which on an answer counts, on classes the model has not seen, and show what it is worth."""
+    from vicinal.calibrate import calibrate as calibrate_model
+
+    if fusion not in ("max", "mean", "topk", "multi-ref"):
+        raise InputError(f"--fusion {fusion}: there are max, mean, topk and multi-ref")
+    calibrate_model(
+        model,
+        source,
+        queries=queries,
+        baseline=baseline,
+        rate=rate,
+        gallery=gallery,
+        settings={"fusion": fusion, "k": top, "margin": margin},
+        references=references,
+        seed=seed,
+        size=size,
+        columns=_pairs(columns),
+        out=out,
+        device=device,
+    )
+
+
+@app.command()
 def export(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder to write.")],

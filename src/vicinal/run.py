@@ -191,6 +191,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
             "classes": len(manifest.classes),
             "train_images": int(division.train.sum()),
             "train_classes": int(torch.unique(manifest.labels()[division.train]).numel()),
+            "trained_on": list(manifest.where(division.train).compact().classes),
             "val_images": int(division.val.sum()),
             "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()},
             "skipped": ground.skipped,

@@ -343,12 +343,13 @@ class OpenSetThreshold(_Bound):
         check_is_fitted(self)
         return np.asarray(as_numpy(scores) >= self.threshold_)
 
-    def save(self, path: str | Path, *, metrics: Metrics | None = None) -> Path:
+    def save(self, path: str | Path, *, metrics: Metrics | None = None, about: Mapping[str, Any] | None = None) -> Path:
         """Write a JSON file: threshold, model, settings and what was measured. It appears whole or not at all.
 
         Args:
             path: the file, by custom `threshold.json` beside the model.
             metrics: estimates with intervals, from `evaluation.verification.calibrate`.
+            about: whatever else is to be known of the fit, such as how many references a class had.
         """
         check_is_fitted(self)
         names = ("threshold_", "f1_", "precision_", "recall_", "false_accept_", "eer_")
@@ -361,6 +362,7 @@ class OpenSetThreshold(_Bound):
             "by_gallery": self.by_gallery_,
             "counts": self.counts_,
             "metrics": {n: {k: _number(v) for k, v in asdict(e).items()} for n, e in measured.items()},
+            **({"about": dict(about)} if about else {}),
         }
         return self._write(path, values)
 

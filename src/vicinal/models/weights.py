@@ -269,9 +269,14 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 
 def config_json(config: PretrainedConfig) -> dict[str, Any]:
-    """A configuration of transformers as JSON, without the path it was read from."""
+    """A configuration of transformers as JSON, without what changes when a model is exported and read back.
+
+    That is the path it was read from, how its numbers were stored, and who wrote it: an export has the fingerprint of
+    what it was made from.
+    """
     content = json.loads(config.to_json_string(use_diff=False))
-    content.pop("_name_or_path", None)
+    for name in ("_name_or_path", "dtype", "transformers_version"):
+        content.pop(name, None)
     return cast("dict[str, Any]", content)
 
 

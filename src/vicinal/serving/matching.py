@@ -236,11 +236,7 @@ class Matcher:
         Raises:
             InputError: another model, another width, a vector that is zero or not finite.
         """
-        if fingerprint != self.fingerprint:
-            raise InputError(
-                f"the references are of the model {self.fingerprint[:12]}…, and the queries of {fingerprint[:12]}…: "
-                "embed both with one model"
-            )
+        self._refuse(fingerprint)
         unit = _unit(queries, "queries", self.dim)
         width = min(int(self._size.max()), 1 if self.fusion == "max" else max(self.k, self.min_votes))
         count = len(unit)
@@ -264,6 +260,24 @@ class Matcher:
         return Matches(
             labels, scores, seconds, margins, known, decisive, references, similarities, self.classes, self.ids
         )
+
+    def scores(
+        self, queries: Float[Tensor, "Q D"], *, fingerprint: str
+    ) -> tuple[Float[Tensor, "Q C"], Int[Tensor, "C"]]:
+        """The score of each query with each class that has references, and which classes these are.
+
+        Args:
+            queries: as in `match`. The answer has Q x C numbers.
+            fingerprint: of the model that made them.
+
+        Raises:
+            InputError: as in `match`.
+        """
+        self._refuse(fingerprint)
+        unit = _unit(queries, "queries", self.dim)
+        step = max(1, CELLS // len(self._vectors))
+        blocks = [self._score(part @ self._vectors.T) for part in torch.split(unit, step)]
+        return torch.cat(blocks) if blocks else torch.zeros(0, len(self._present)), self._present
 
     def trials(self, queries: Embeddings, *, fingerprint: str) -> Trials:
         """Scores with the truth beside them, for `OpenSetThreshold.fit` and `evaluation.verification`.
@@ -349,6 +363,13 @@ class Matcher:
         return matcher
 
     # ---- inside
+
+    def _refuse(self, fingerprint: str) -> None:
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"the references are of the model {self.fingerprint[:12]}…, and the queries of {fingerprint[:12]}…: "
+                "embed both with one model"
+            )
 
     def _settle(
         self,
