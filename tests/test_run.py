@@ -123,7 +123,7 @@ def test_wise_ft_is_chosen_on_validation(photos: Path, tmp_path: Path) -> None:
     chosen = json.loads((out / "results.json").read_text())["training"]["wise_ft"]
     best = max(point["map@r"] for point in chosen["curve"])
     assert next(p for p in chosen["curve"] if p["weight"] == chosen["weight"])["map@r"] == best
-    assert len(chosen["curve"]) == 5
+    assert len(chosen["curve"]) == 11
 
 
 def test_the_split_column_gives_seen_unseen_and_joint(photos: Path, tmp_path: Path) -> None:
