@@ -6,16 +6,20 @@ import csv
 import json
 import logging
 import math
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer.main
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from typer.testing import CliRunner
 
+from test_serving_objects import yolos
 from vicinal.cli import app
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder, write_coco, write_table, write_voc
@@ -36,6 +40,7 @@ from vicinal.recognise import (
     starting_model,
 )
 from vicinal.serving.detectors import Boxes
+from vicinal.serving.matching import Matcher
 from vicinal.serving.objects import ObjectMatcher
 from vicinal.types import InputError
 
@@ -382,6 +387,37 @@ def test_match_refuses_what_cannot_be(data: Path, tmp_path: Path, encoder: Encod
     assert "finds no boxes" in refused("--detector", str(Path(vicinal_nano())))
     assert "not a file of a open-set threshold" in refused("-t", str(tmp_path / "nothing.json"))
     assert "one of the two" in refused(str(data / "scenes"))
+
+
+def test_the_page_says_what_runs(
+    data: Path, tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "recognise.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w+)\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    lines = [line for kind, code in found if kind == "bash" for line in code.splitlines()]
+    assert len(lines) == 3
+    for line in lines:
+        command = typer.main.get_command(app).commands["match"]  # type: ignore[attr-defined]
+        assert command.make_context("match", shlex.split(line)[2:]).params["references"] == Path("brands")
+    [code] = [code for kind, code in found if kind == "python"]
+    monkeypatch.chdir(tmp_path)
+    yolos(tmp_path / "models" / "detector")
+    encoder.save(tmp_path / "runs" / "logos" / "model")
+    (tmp_path / "brands").symlink_to(data / "references")
+    (tmp_path / "photos").mkdir()
+    for n in (1, 2):
+        Image.new("RGB", (80, 60)).save(tmp_path / "photos" / f"{n}.jpg")
+    settings = {**Matcher.__init__.__kwdefaults__, "fusion": "topk"}
+    settings = {name: settings[name] for name in ("fusion", "k", "min_votes", "vote_threshold", "margin")}
+    rule = OpenSetThreshold().fit(
+        [0.9, 0.3],
+        [True, False],
+        fingerprint=encoder.fingerprint(),
+        settings={**settings, "normalisation": None, "cohort": None},
+    )
+    rule.save(tmp_path / "threshold.json")
+    exec(compile(code, "recognise.md", "exec"), {})
+    assert capsys.readouterr().out.count("photos/") == 2
 
 
 def vicinal_nano() -> str:
