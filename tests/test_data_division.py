@@ -91,7 +91,7 @@ def test_grouped_never_straddles() -> None:
     [
         ("official", {}, "needs a `split` column"),
         ("grouped", {"column": "shop"}, "no column 'shop'"),
-        ("sideways", {}, "class_disjoint, official or grouped"),
+        ("sideways", {}, "class_disjoint, official, grouped or all"),
         ("class_disjoint", {"holdout": 0.9, "val": 0.0}, "lower split.class_disjoint.holdout"),
         ("class_disjoint", {"holdout": 0.01}, r"split\.class_disjoint\.holdout=0\.01 of 10 classes leaves 0 held out"),
         ("grouped", {"column": "label", "holdout": 0.01}, r"split\.grouped\.holdout=0\.01 of 10 groups"),

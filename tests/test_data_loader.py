@@ -21,7 +21,7 @@ from vicinal.data import loader
 from vicinal.data.loader import EvalBatches, TrainBatches, eval_batches, train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import PKSampler, ShuffleSampler
-from vicinal.data.transforms import AUGMENT, eval_transform, train_transform
+from vicinal.data.transforms import AUGMENT, eval_transform, multi_crop, train_transform
 from vicinal.types import Batch, InputError, Preprocess
 
 PREPROCESS = Preprocess((24, 24), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -293,7 +293,8 @@ def test_a_bug_in_a_transform_keeps_its_trace(photos: Manifest) -> None:
 def test_the_maker_can_be_sent_to_another_process(photos: Manifest) -> None:
     maker = loader._Maker(photos, train_transform(PREPROCESS, "logo"), "skip", loader._Spares(photos.labels().numpy()))
     items = [loader._Item(row, row) for row in range(4)]
-    assert torch.equal(pickle.loads(pickle.dumps(maker))[items].images, maker[items].images)
+    sent, kept = pickle.loads(pickle.dumps(maker))[items].images, maker[items].images
+    assert torch.equal(sent["image"], kept["image"])
 
 
 def test_default_workers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,3 +327,18 @@ def test_spawned_workers(photos: Manifest, tmp_path: Path) -> None:
     transform = train_transform(PREPROCESS, "logo")
     expected = next(train_batches(photos, transform, ShuffleSampler(30, 8, seed=0), seed=1, workers=0))["image"]
     assert torch.equal(torch.load(tmp_path / "image.pt", weights_only=True), expected)
+
+
+# --- several views --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_several_views_come_by_name(photos: Manifest, workers: int) -> None:
+    transform = multi_crop(PREPROCESS, small_crops=3, small_size=(16, 16))
+    stream = train_batches(photos, transform, ShuffleSampler(len(photos), 4, seed=0), seed=0, workers=workers)
+    batch = next(stream)
+    assert batch["views"].shape == (4, 2, 3, *PREPROCESS.size)
+    assert batch["crops"].shape == (4, 3, 3, 16, 16)
+    assert torch.equal(batch["image"], batch["views"][:, 0])
+    again = next(train_batches(photos, transform, ShuffleSampler(len(photos), 4, seed=0), seed=0, workers=0))
+    assert all(torch.equal(batch[name], again[name]) for name in ("views", "crops", "label", "index"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vicinal.data import transforms
-from vicinal.data.transforms import AUGMENT, Augment, eval_transform, train_transform
+from vicinal.data.transforms import AUGMENT, Augment, eval_transform, multi_crop, train_transform
 from vicinal.types import InputError, Preprocess
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -176,8 +177,8 @@ def test_none_is_the_evaluation_view() -> None:
         assert torch.equal(train_transform(preprocess, "none")(image), eval_transform(preprocess)(image))
 
 
-def test_three_presets_mirror_and_no_other() -> None:
-    assert {name for name, augment in AUGMENT.items() if augment.flip} == {"mirrored", "medium", "imagenet"}
+def test_four_presets_mirror_and_no_other() -> None:
+    assert {name for name, augment in AUGMENT.items() if augment.flip} == {"mirrored", "medium", "imagenet", "dino"}
     ramp = torch.arange(64, dtype=torch.uint8).mul(4).view(1, 1, 64).repeat(3, 64, 1)
     turned = dict.fromkeys(AUGMENT, 0)
     for name in AUGMENT:
@@ -188,6 +189,7 @@ def test_three_presets_mirror_and_no_other() -> None:
     assert 10 <= turned.pop("mirrored") <= 30
     assert 10 <= turned.pop("medium") <= 30
     assert 10 <= turned.pop("imagenet") <= 30
+    assert 10 <= turned.pop("dino") <= 30  # which also inverts no picture: it is `multi_crop` that solarises
     assert set(turned.values()) == {0}
 
 
@@ -299,3 +301,90 @@ def test_decoders_are_told_what_is_needed() -> None:
     assert eval_transform(Preprocess((224, 192), MEAN, STD, crop_pct=0.875)).at_least == (256, 219)
     assert eval_transform(Preprocess((224, 192), MEAN, STD, crop="pad", crop_pct=0.875)).at_least == (224, 192)
     assert train_transform(Preprocess((224, 192), MEAN, STD, crop_pct=0.5), "none").at_least == (448, 384)
+
+
+# --- several views --------------------------------------------------------------------------------------------------
+
+
+def test_multi_crop_gives_two_large_views_and_small_ones() -> None:
+    image = torch.randint(256, (3, 90, 120), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    transform = multi_crop(Preprocess((112, 112), MEAN, STD), small_crops=10)
+    torch.manual_seed(1)
+    found = transform(image)
+    assert {name: tuple(view.shape) for name, view in found.items()} == {
+        "image": (3, 112, 112),
+        "views": (2, 3, 112, 112),
+        "crops": (10, 3, 48, 48),
+    }
+    assert torch.equal(found["image"], found["views"][0])
+    every = [*found["views"], *found["crops"]]
+    assert all(view.isfinite().all() for view in every)
+    assert len({round(float(view.double().sum()), 3) for view in every}) == 12, "each is drawn on its own"
+    assert [one.augment.blur for one in transform.large] == [1.0, 0.1]
+    assert [one.augment.solarise for one in transform.large] == [0.0, 0.2]
+    assert transform.small[0].augment.blur == 0.5
+    assert "crops" not in multi_crop(Preprocess((64, 64), MEAN, STD), small_crops=0)(image)
+    plain = multi_crop(Preprocess((64, 64), MEAN, STD), "standard")
+    assert all(not one.augment.blur and not one.augment.solarise for one in (*plain.large, *plain.small))
+
+
+def test_small_views_show_less_of_the_image() -> None:
+    ramp = torch.arange(256, dtype=torch.uint8).view(1, 1, 256).expand(3, 256, 256).contiguous()
+    transform = multi_crop(
+        Preprocess((64, 64), (0.0,) * 3, (1.0,) * 3), "standard", large_scale=(0.5, 1.0), small_scale=(0.05, 0.25)
+    )
+    for seed in range(20):
+        torch.manual_seed(seed)
+        found = transform(ramp)
+        wide = [float(view[0].max() - view[0].min()) for view in found["views"]]
+        narrow = [float(view[0].max() - view[0].min()) for view in found["crops"]]
+        assert min(wide) > 0.55
+        assert max(narrow) < 0.65
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"large_scale": (0.5, 0.2)}, "large_scale"),
+        ({"small_scale": (0.0, 0.2)}, "small_scale"),
+        ({"small_crops": -1}, "small"),
+    ],
+)
+def test_multi_crop_refuses_what_is_no_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        multi_crop(Preprocess((64, 64), MEAN, STD), **changes)
+
+
+def view_of(image: Tensor, **changes: float) -> Tensor:
+    """Pixels of 0 to 255 through one change of colours."""
+    torch.manual_seed(0)
+    return 255 * train_transform(Preprocess(tuple(image.shape[1:]), (0.0,) * 3, (1.0,) * 3), Augment(**changes))(image)
+
+
+def test_a_turn_of_hues_keeps_greys_and_sums() -> None:
+    grey = torch.full((3, 8, 8), 90, dtype=torch.uint8)
+    assert torch.allclose(view_of(grey, hue=0.5), grey.float(), atol=1e-3)
+    image = torch.randint(100, 150, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    turned = view_of(image, hue=0.1)
+    assert not torch.allclose(turned, image.float(), atol=1)
+    assert torch.allclose(turned.sum(0), image.float().sum(0), atol=1e-2)
+    assert torch.equal(view_of(image, hue=0.1, jitter=0.0), view_of(image, grey=1e-9)), "no jitter, no turn"
+
+
+def test_a_blur_is_the_gaussian_of_its_width() -> None:
+    image = torch.zeros(3, 224, 224, dtype=torch.uint8)
+    image[:, 112, 112] = 255
+    spread = view_of(image, blur=1.0)
+    assert spread[0].sum().item() == pytest.approx(255, rel=1e-3)
+    across = spread[0].sum(0) / 255
+    place = torch.arange(224) - 112.0
+    torch.manual_seed(0)
+    torch.rand(5)  # of the four colours, and whether to blur
+    sigma = 0.1 + 1.9 * torch.rand(()).item()
+    assert (across * place).sum().item() == pytest.approx(0, abs=1e-4)
+    assert (across * place**2).sum().item() == pytest.approx(sigma**2, rel=0.05)
+
+
+def test_what_is_bright_is_inverted() -> None:
+    image = torch.tensor([0, 100, 127, 128, 200, 255], dtype=torch.uint8).view(1, 1, 6).repeat(3, 1, 1)
+    assert view_of(image, solarise=1.0)[0, 0].round().tolist() == [0, 100, 127, 127, 55, 0]

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from vicinal.data.glyphs import Portion
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
-from vicinal.losses import CONTRASTIVE_LOSSES, PAIR_LOSSES, PROXY_LOSSES
+from vicinal.losses import CONTRASTIVE_LOSSES, LINEAR_LOSSES, PAIR_LOSSES, PROXY_LOSSES
 from vicinal.models.adapters import ADAPTERS, VisualPrompt
 from vicinal.models.text_tower import TextTower
 from vicinal.training.semantic_proxies import ACCUMULATORS
@@ -111,13 +111,21 @@ class Glyphs(_Strict):
     seed: int = 0
 
 
+class OpenImages(_Strict):
+    """Pictures of a folder by a CSV of ImageID, DisplayName and type: see `read_open_images`."""
+
+    root: str
+    csv: str
+
+
 class Data(_Strict):
-    """Where the images are: exactly one of `folder`, `table`, `coco`, `voc`, `shards`, `hub`, `benchmark`, `glyphs`.
+    """Where the images are: exactly one source, by the name of its reader; several such under `together`.
 
     `columns` maps the names vicinal uses (image, label, text, box, group, split) to those of a table. `padding` widens
     each box by this share of its longer side. `on_error: skip` leaves unreadable images out, counted and listed.
     `leaks: drop` leaves pictures out of the training that are measured too (the same pixels in another row); else they
     are an error. `min_images` leaves smaller classes out.
+    `labels: false` reads a folder of images, or a table without labels, to train on images alone.
     """
 
     folder: str | TrainValTest | None = None
@@ -128,12 +136,15 @@ class Data(_Strict):
     hub: str | TrainValTest | None = None
     benchmark: Benchmark | None = None
     glyphs: Glyphs | None = None
+    open_images: OpenImages | None = None
+    together: Annotated[list[Data], Field(min_length=1)] | None = None
     columns: dict[str, str] = {}
     root: str | None = None
     padding: Annotated[float, Field(ge=0)] = 0.0
     min_images: Annotated[int, Field(ge=1)] = 1
     on_error: Literal["raise", "skip"] = "raise"
     leaks: Literal["raise", "drop"] = "raise"
+    labels: bool = True
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Data:
@@ -146,6 +157,8 @@ class Data(_Strict):
         for key in ("columns", "root"):
             if getattr(self, key) and key not in read:
                 raise ValueError(f"{key} has no meaning for data.{given[0]}; leave it out")
+        if not self.labels and given[0] not in ("folder", "table"):
+            raise ValueError(f"labels: false has no meaning for data.{given[0]}; it reads a folder or a table")
         return self
 
     @property
@@ -202,12 +215,17 @@ class Grouped(_Strict):
     seed: int = 42
 
 
+class All(_Strict):
+    """Everything is trained on, and nothing of it measured: a generic set. What is measured stands in `elsewhere`."""
+
+
 class Split(_OneOf):
     """How the data is divided into training, validation and test."""
 
     class_disjoint: ClassDisjoint | None = None
     official: Official | None = None
     grouped: Grouped | None = None
+    all: All | None = None
 
 
 class Shuffle(_Strict):
@@ -299,16 +317,40 @@ else:
         __doc__="Pair losses added up, each times its `weight`: see `vicinal.losses.WeightedSum`.",
         **{n: (_weighted(part, f"Weighted{part.__name__}") | None, None) for n, part in PAIR_LOSSES.items()},
     )
+    class Dino(_Strict):
+        """Self-distillation without labels: see `vicinal.training.distillation` and `multi_crop`.
+
+        `temperature_warmup` is the share of the steps over which the teacher's temperature goes from
+        `first_temperature` to `teacher_temperature`. The overlap adapter: 65,536 prototypes, train_head false,
+        momentum .9998, 10 small crops, large_scale [.25, 1], small_scale [.05, .25].
+        """
+
+        prototypes: Annotated[int, Field(ge=2)] = 4096
+        hidden: Annotated[int, Field(ge=1)] = 2048
+        bottleneck: Annotated[int, Field(ge=1)] = 256
+        train_head: bool = True
+        momentum: Annotated[float, Field(ge=0, le=1)] = 0.996
+        teacher_temperature: Annotated[float, Field(gt=0)] = 0.07
+        first_temperature: Annotated[float, Field(gt=0)] = 0.04
+        temperature_warmup: Annotated[float, Field(ge=0, le=1)] = 0.3
+        student_temperature: Annotated[float, Field(gt=0)] = 0.1
+        centre_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+        large_scale: tuple[float, float] = (0.4, 1.0)
+        small_scale: tuple[float, float] = (0.05, 0.4)
+        small_crops: Annotated[int, Field(ge=0)] = 8
+        small_size: int | None = None
+
     Loss = create_model(
         "Loss",
-        __base__=_one_of("Loss", PROXY_LOSSES | PAIR_LOSSES | CONTRASTIVE_LOSSES),
+        __base__=_one_of("Loss", PROXY_LOSSES | LINEAR_LOSSES | PAIR_LOSSES | CONTRASTIVE_LOSSES),
         sum=(Sum | None, None),
         semantic_proxies=(SemanticProxies | None, None),
+        dino=(Dino | None, None),
     )
     Adapter = _one_of("Adapter", ADAPTERS)
 
 ONE_OF: dict[str, tuple[str, ...]] = {
-    "data": ("folder", "table", "coco", "voc", "shards", "hub", "benchmark", "glyphs"),
+    "data": ("folder", "table", "coco", "voc", "shards", "hub", "benchmark", "glyphs", "open_images", "together"),
     "split": tuple(Split.model_fields),
     "sampler": tuple(Sampler.model_fields),
     "loss": tuple(Loss.model_fields),
@@ -325,6 +367,7 @@ class Recipe(_Strict):
     """
 
     data: Data
+    elsewhere: dict[str, Data] = {}
     split: Split = Split(class_disjoint=ClassDisjoint())
     model: str
     preprocess: PreprocessChange = PreprocessChange()
@@ -342,11 +385,14 @@ class Recipe(_Strict):
     epochs: Annotated[float, Field(gt=0)] | None = None
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
+    final_lr: Annotated[float, Field(ge=0)] = 0.0
     loss_lr: Annotated[float, Field(gt=0)] | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    final_weight_decay: Annotated[float, Field(ge=0)] | None = None
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip_each: Annotated[float, Field(gt=0)] | None = None
     accumulate: Annotated[int, Field(ge=1)] = 1
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -394,8 +440,20 @@ class Recipe(_Strict):
         kept = [name for name in ("visual_prompt", "bottleneck") if name in (a.chosen[0] for a in self.adapt)]
         if self.wise_ft is not None and kept:
             raise ValueError(f"wise_ft mixes weights that both models have, and {kept[0]} adds new ones; leave one out")
-        if self.retention and self.loss.chosen[0] == "semantic_proxies":
-            raise ValueError("retention: semantic_proxies have none; leave it out")
+        if self.retention and self.loss.chosen[0] in ("semantic_proxies", "dino"):
+            raise ValueError(f"retention: {self.loss.chosen[0]} has none; leave it out")
+        if self.final_lr > self.lr:
+            raise ValueError(f"final_lr is {self.final_lr}, above lr, which is {self.lr}; a rate only falls")
+        taken = sorted(set(self.elsewhere) & {"seen", "unseen", "joint", "all"})
+        if taken:
+            raise ValueError(f"elsewhere: {taken[0]!r} is the name of a part of the data itself; choose another")
+        if self.split.all is not None and not self.elsewhere:
+            raise ValueError(
+                "split: all trains on everything, so nothing would be measured; name other data: "
+                "elsewhere: {mine: {folder: ~/products}}"
+            )
+        if not self.data.labels and (self.split.all is None or self.loss.chosen[0] != "dino"):
+            raise ValueError("data.labels: false needs split: {all: {}} and loss: {dino: {}}, which need no labels")
         if self.loss.chosen[0] in CONTRASTIVE_LOSSES and any(a.chosen[0] == "linear_head" for a in self.adapt):
             raise ValueError(f"loss.{self.loss.chosen[0]}: a linear_head moves images away from texts; leave it out")
         if self.probe is not None and any(a.chosen[0] == "linear_head" for a in self.adapt):
@@ -513,7 +571,7 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     here: Any = content
     for depth, name in enumerate(path):
         last = depth == len(path) - 1
-        alternatives = ONE_OF.get(path[0], ()) if depth == (2 if path[0] == "adapt" else 1) else ()
+        alternatives = _alternatives(path, depth)
         if isinstance(here, dict):
             if name in alternatives:
                 for other in alternatives:
@@ -528,6 +586,14 @@ def apply_override(content: dict[str, Any], override: str) -> None:
             here = _list_item(here, name, key, value if last else None)
         else:
             raise InputError(f"{key}: {'.'.join(path[:depth])} holds no keys")
+
+
+def _alternatives(path: Sequence[str], depth: int) -> tuple[str, ...]:
+    """The keys of which one is chosen at this place of an override."""
+    if path[0] == "elsewhere" or path[:2] == ["data", "together"]:
+        here = 2 if path[0] == "elsewhere" else 3
+        return ONE_OF["data"] if depth == here else ()
+    return ONE_OF.get(path[0], ()) if depth == (2 if path[0] == "adapt" else 1) else ()
 
 
 def _list_item(items: list[Any], name: str, key: str, value: Any) -> Any:  # noqa: ANN401  a YAML value
@@ -555,12 +621,18 @@ def _without_unchosen(content: Any) -> Any:  # noqa: ANN401  a YAML value
     content = {key: value for key, value in content.items() if key != "adapt"} | {
         "adapt": [{k: v for k, v in adapter.items() if v is not None} for adapter in content["adapt"]]
     }
-    for key in ("data", "split", "sampler", "loss"):
+    for key in ("split", "sampler", "loss"):
         content[key] = {k: v for k, v in content[key].items() if v is not None or k not in ONE_OF[key]}
+    content["data"] = _chosen_data(content["data"])
+    content["elsewhere"] = {name: _chosen_data(data) for name, data in content["elsewhere"].items()}
     if content["probe"] is not None:
-        data = content["probe"]["data"].items()
-        content["probe"]["data"] = {k: v for k, v in data if v is not None or k not in ONE_OF["data"]}
+        content["probe"]["data"] = _chosen_data(content["probe"]["data"])
     return {key: content[key] for key in Recipe.model_fields}
+
+
+def _chosen_data(data: dict[str, Any]) -> dict[str, Any]:
+    chosen = {k: v for k, v in data.items() if v is not None or k not in ONE_OF["data"]}
+    return chosen | {k: [_chosen_data(one) for one in v] for k, v in chosen.items() if k == "together"}
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -16,11 +16,12 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -34,9 +35,9 @@ from vicinal.data.glyphs import load_glyphs
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, ShuffleSampler
-from vicinal.data.sources import read_coco, read_folder, read_hub, read_shards, read_table, read_voc
+from vicinal.data.sources import read_coco, read_folder, read_hub, read_open_images, read_shards, read_table, read_voc
 from vicinal.data.splits import official
-from vicinal.data.transforms import train_transform
+from vicinal.data.transforms import MultiCrop, TrainTransform, multi_crop, train_transform
 from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
 from vicinal.evaluation.intervals import mean
@@ -48,6 +49,8 @@ from vicinal.evaluation.verification import similarities, verification
 from vicinal.forgetting import Lost, Probe, Sweep, sweep
 from vicinal.losses import (
     CONTRASTIVE_LOSSES,
+    DINO,
+    LINEAR_LOSSES,
     PAIR_LOSSES,
     PROXY_LOSSES,
     CrossBatchMemory,
@@ -70,16 +73,18 @@ from vicinal.models.adapters import (
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.merging import interpolate
+from vicinal.models.modules import DINOHead
 from vicinal.models.text_tower import TextTower, with_text_tower
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import PK, Data, HardClass, NoDuplicate, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
 from vicinal.training.devices import Processes
+from vicinal.training.distillation import SelfDistillation
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.objectives import LabelObjective
-from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
+from vicinal.training.optim import build_optimizer, clip_each, parameter_groups, warmup_cosine
 from vicinal.training.semantic_proxies import ACCUMULATORS, RowAdam, SemanticProxies
 from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
 
@@ -144,9 +149,11 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
     parts = division.parts_within(needed)
     lost = None
+    vectors = out / "embeddings" / "before"
+    others = _elsewhere(ground, ground.original, recipe, "baseline", vectors, say, processes)
+    before = ground.untuned.where(needed)
     if processes.main:
-        before = ground.untuned.where(needed)
-        before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe))
+        before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe)) | others
         before_scores = before_scores if recipe.seeds == 1 else pooled([before_scores])
         save_scores(before_scores, out / "scores" / "before.safetensors")
         _save_embeddings(out, "before", before, parts)
@@ -163,10 +170,12 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     measured = []
     for folder in trained:  # the test half, once for each training, after all of them
         tuned = load_encoder(str(folder / "model"))
-        after = _embed(tuned, manifest.where(needed), recipe, "after", say, processes)
+        after = _embed(tuned, manifest.where(needed), recipe, "after", say, processes) if parts else before
+        vectors = None if measured else out / "embeddings" / "after"
+        others = _elsewhere(ground, tuned, recipe, "after", vectors, say, processes)
         if not processes.main:
             continue
-        measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)))
+        measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)) | others)
         if lost is not None:
             lost.ask(tuned)
         if len(measured) == 1:
@@ -193,7 +202,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
             "train_classes": int(torch.unique(manifest.labels()[division.train]).numel()),
             "trained_on": list(manifest.where(division.train).compact().classes),
             "val_images": int(division.val.sum()),
-            "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()},
+            "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()}
+            | {name: _part_counts(other, _whole(other)) for name, other in ground.elsewhere.items()},
             "skipped": ground.skipped,
             "notes": [*manifest.notes, *division.notes],
         },
@@ -215,7 +225,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         save_scores(lost.scores(), out / "scores" / "probe.safetensors")
         say(str(lost))
     _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    page = remake_report(out, manifest=manifest)
+    page = remake_report(out, manifests=(manifest, *ground.elsewhere.values()))
     for line in _headlines(estimates(before_scores), estimates(after_scores), changes):
         say(line)
     say(f"report: {page}")
@@ -236,10 +246,12 @@ class _Ground:
     untuned: Embeddings
     reads: bool
     probe: Probe | None
+    elsewhere: dict[str, Manifest]
 
     def texts(self, encoder: Encoder, recipe: Recipe) -> Texts | None:
         """What the measured images are called, if the model still reads text."""
-        return Texts.of(encoder, self.manifest.where(self.division.measured()), recipe) if self.reads else None
+        measured = self.division.measured()
+        return Texts.of(encoder, self.manifest.where(measured), recipe) if self.reads and measured.any() else None
 
 
 def _nothing(words: str) -> None:
@@ -257,6 +269,14 @@ def _prepare(recipe: Recipe, say: Say, processes: Processes) -> _Ground:
             f"loss.{recipe.loss.chosen[0]} learns from captions, and the data has none; it needs a table (data.table) "
             "with a column text, or captions; data.columns: {text: …} says which it is"
         )
+    if not manifest.classes and recipe.loss.chosen[0] != "dino":
+        raise InputError(
+            f"loss.{recipe.loss.chosen[0]} learns from labels, and the data has none; data.columns: {{label: …}} says "
+            "which column holds them, loss: {dino: {}} needs none"
+        )
+    elsewhere = {n: processes.main_first(lambda d=d: bring(d)) for n, d in recipe.elsewhere.items()}
+    if unlabelled := [name for name, other in elsewhere.items() if not other.classes]:
+        raise InputError(f"elsewhere.{unlabelled[0]} has no labels, by which it could be measured")
     _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
     original = processes.main_first(lambda: open_model(recipe))
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
@@ -268,7 +288,12 @@ def _prepare(recipe: Recipe, say: Say, processes: Processes) -> _Ground:
         division = _captioned(manifest, division)
     reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
     probe = _probe(recipe, original, manifest.where(division.train))
-    return _Ground(manifest, skipped, division, original, untuned, reads, probe)
+    trained = division.train | division.val
+    for name, other in elsewhere.items():
+        vectors = _embed(original, other, recipe, f"baseline, {name}", say, processes)
+        elsewhere[name], _ = _readable(other, vectors)
+        _refuse_trained_on(name, elsewhere[name], vectors, manifest.where(trained), untuned.where(trained))
+    return _Ground(manifest, skipped, division, original, untuned, reads, probe, elsewhere)
 
 
 def _train(
@@ -290,8 +315,8 @@ def _train(
     objective = _objective(encoder, original, train, untuned, sampler, recipe, out)
     counts["aside"] = _trained_aside(objective)
     kept = _locked(encoder, train, untuned, recipe, say)
-    transform = None if kept.image is not None else train_transform(encoder.preprocess, recipe.augment)
-    steps = recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
+    transform = None if kept.image is not None else _transform(encoder, recipe)
+    steps = _steps(recipe, sampler)
 
     def batches(start_step: int) -> Iterator[Batch]:
         drawn = train_batches(
@@ -311,15 +336,27 @@ def _train(
     aside = f", {counts['aside']:,} more for the loss alone" if counts["aside"] else ""
     say(f"training: {counts['trained']:,} of {counts['total']:,} parameters{aside}, {steps:,} steps on {device}")
     optimizer = _optimizer(objective, recipe)
+    teacher = objective.as_teacher if isinstance(objective, SelfDistillation) else nullcontext
     val = manifest.where(division.val)
     selected = _can_select(val)
+
+    def validate() -> Metrics:
+        with teacher():  # of self-distillation it is the teacher that is used in the end
+            return _validate(encoder, val, recipe)
+
     fitted = fit(
         objective.to(device),
         batches,
         optimizer,
-        warmup_cosine(optimizer, steps=steps, warmup=min(steps - 1, round(recipe.warmup * steps))),
+        warmup_cosine(
+            optimizer,
+            steps=steps,
+            warmup=min(steps - 1, round(recipe.warmup * steps)),
+            final=recipe.final_lr / recipe.lr,
+            final_decay=recipe.final_weight_decay,
+        ),
         steps=steps,
-        evaluate=(lambda: _validate(encoder, val, recipe)) if selected else None,
+        evaluate=validate if selected else None,
         evaluate_every=_evaluate_every(recipe, steps, len(sampler)),
         monitor=recipe.monitor,
         out=out,
@@ -338,6 +375,8 @@ def _train(
     )
     if isinstance(objective, ImageTextObjective):
         objective.keep_scale()
+    if isinstance(objective, SelfDistillation):
+        objective.keep_teacher()
     between: dict[str, Any] = {"wise_ft": {"weight": 1.0, "curve": []}, "towers_not_run": list(kept.names)}
     if processes.main:
         chosen = _interpolated(original, encoder.cpu(), val, recipe, ground.probe, say)
@@ -355,9 +394,14 @@ def bring(data: Data) -> Manifest:
     all_there = data.on_error == "raise"
     match kind:
         case "folder":
-            manifest = read_folder(where)
+            manifest = read_folder(where, labels=data.labels)
         case "table":
-            manifest = read_table(where, columns=data.columns, root=data.root, check_files=all_there)
+            settings: dict[str, Any] = {"columns": data.columns, "root": data.root, "labels": data.labels}
+            manifest = read_table(where, **settings, check_files=all_there)
+        case "open_images":
+            manifest = read_open_images(where.root, where.csv)
+        case "together":
+            manifest = Manifest.together([bring(one) for one in where])
         case "coco":
             manifest = read_coco(where, images=data.root, check_files=all_there)
         case "voc":
@@ -572,7 +616,7 @@ def _refuse_same_pictures(catalog: Manifest, queries: Manifest, workers: int | N
         )
 
 
-def remake_report(out: str | Path, *, manifest: Manifest | None = None) -> Path:
+def remake_report(out: str | Path, *, manifests: Sequence[Manifest] | None = None) -> Path:
     """Write a run folder's page from its files; no model and no GPU are needed, pictures come from the images."""
     out = Path(out)
     try:
@@ -589,7 +633,10 @@ def remake_report(out: str | Path, *, manifest: Manifest | None = None) -> Path:
     record = Record(results=results, history=history, recipe=recipe_text, before=sides["before"], after=sides["after"])
     page = out / "report.html"
     try:
-        pictures = picture_of(manifest or bring(Recipe.load(out / "recipe.yaml").data))
+        if manifests is None:
+            recipe = Recipe.load(out / "recipe.yaml")
+            manifests = [bring(data) for data in (recipe.data, *recipe.elsewhere.values())]
+        pictures = picture_of(*manifests)
     except InputError as error:
         logging.getLogger(__name__).warning("the page is made without pictures: %s", error)
         pictures = _no_picture
@@ -601,17 +648,18 @@ def _no_picture(name: str) -> None:
     """No images, no thumbnails; the rest of the page needs none."""
 
 
-def picture_of(manifest: Manifest) -> Callable[[str], Image | None]:
-    """A callable from a row's id to its picture, or None where it cannot be opened."""
+def picture_of(*manifests: Manifest) -> Callable[[str], Image | None]:
+    """A callable from a row's id to its picture, or None where it cannot be opened; of equal ids the first's."""
     from PIL import Image
 
-    rows = {name: i for i, name in enumerate(manifest.ids())}
+    rows = {name: (manifest, i) for manifest in reversed(manifests) for i, name in enumerate(manifest.ids())}
 
     def picture(name: str) -> Image.Image | None:
         if name not in rows:
             return None
         try:
-            return Image.fromarray(manifest.image(rows[name], at_least=(96, 96)).permute(1, 2, 0).numpy())
+            manifest, row = rows[name]
+            return Image.fromarray(manifest.image(row, at_least=(96, 96)).permute(1, 2, 0).numpy())
         except InputError:
             return None
 
@@ -665,6 +713,69 @@ def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, lis
     return manifest.where(torch.tensor(keep)), [name for name, ok in zip(manifest.ids(), keep, strict=True) if not ok]
 
 
+def _whole(manifest: Manifest) -> Part:
+    return Part(torch.ones(len(manifest), dtype=torch.bool))
+
+
+def _elsewhere(
+    ground: _Ground,
+    encoder: Encoder,
+    recipe: Recipe,
+    stage: str,
+    vectors: Path | None,
+    say: Say,
+    processes: Processes,
+) -> dict[str, list[PerQuery]]:
+    """The protocols on data of which nothing was trained on, each set whole; its vectors are kept in a folder."""
+    scores: dict[str, list[PerQuery]] = {}
+    for name, manifest in ground.elsewhere.items():
+        embeddings = _embed(encoder, manifest, recipe, f"{stage}, {name}", say, processes)
+        if not processes.main:
+            continue
+        texts = Texts.of(encoder, manifest, recipe) if ground.reads else None
+        scores |= measure(embeddings, {name: _whole(manifest)}, recipe, texts)
+        if vectors is not None:
+            vectors.mkdir(parents=True, exist_ok=True)
+            embeddings.save(vectors / f"{name}.safetensors")
+    return scores
+
+
+def _refuse_trained_on(name: str, other: Manifest, vectors: Embeddings, trained: Manifest, known: Embeddings) -> None:
+    """A picture that is measured elsewhere must not be trained on: those with an equal vector are opened, compared."""
+    near, rows = topk(vectors.vectors, known.vectors, 1)
+    alike = near[:, 0] > SAME_PICTURE
+    if not alike.any():
+        return
+    asked = torch.zeros(len(trained), dtype=torch.bool)
+    asked[rows[alike, 0]] = True
+    sides = [side.table.select([c for c in ("image", "box") if c in side.names()]) for side in (trained, other)]
+    both = Manifest.together(
+        [
+            replace(side, table=table, padding=0.0).where(mask)
+            for side, table, mask in zip((trained, other), sides, (asked, alike), strict=True)
+        ]
+    )
+    first = torch.arange(len(both)) < int(asked.sum())
+    if same := leaks(both, {"train": first, "test": ~first}):
+        raise InputError(
+            f"{len(same)} pictures of elsewhere.{name} are trained on (first: {same[0].file}, as {same[0].other}); "
+            "take them out of one side"
+        )
+
+
+def _steps(recipe: Recipe, sampler: Batches) -> int:
+    return recipe.steps or max(1, math.ceil((recipe.epochs or 12) * len(sampler) / recipe.accumulate))
+
+
+def _transform(encoder: Encoder, recipe: Recipe) -> TrainTransform | MultiCrop:
+    name, settings = recipe.loss.chosen
+    if name != "dino":
+        return train_transform(encoder.preprocess, recipe.augment)
+    crops = settings.model_dump(include={"large_scale", "small_scale", "small_crops"})
+    size = None if settings.small_size is None else (settings.small_size, settings.small_size)
+    return multi_crop(encoder.preprocess, recipe.augment, small_size=size, **crops)
+
+
 def _divide(manifest: Manifest, recipe: Recipe) -> Division:
     kind, settings = recipe.split.chosen
     division = divide(manifest, kind, **settings.model_dump())
@@ -680,7 +791,8 @@ def _divide(manifest: Manifest, recipe: Recipe) -> Division:
                 f"{' and '.join(unused)}: there is nothing to evaluate on while training: the validation part of this "
                 f"split has no two classes of two images. Raise split.{kind}.val, or leave {' and '.join(unused)} out"
             )
-        note = "nothing is selected on: the validation part has no two classes of two images; the last step is kept"
+        why = "everything is trained on" if kind == "all" else "the validation part has no two classes of two images"
+        note = f"nothing is selected on: {why}; the last step is kept"
         division = replace(division, notes=(*division.notes, note))
     elif recipe.wise_ft == "auto" and not division.selects_on_new_classes(manifest):
         raise InputError(
@@ -737,6 +849,8 @@ def _without_leaks(manifest: Manifest, division: Division, untuned: Embeddings, 
     The queries stay as they are: with `data.leaks: drop` the other copy goes. Equal pixels have equal embeddings up to
     rounding, so only pictures that have such a neighbour are opened again and compared.
     """
+    if not division.parts:
+        return division
     itself = torch.arange(len(untuned))
     alike = topk(untuned.vectors, untuned.vectors, 1, exclude=itself)[0][:, 0] > SAME_PICTURE
     tested = division.queries()
@@ -780,8 +894,10 @@ def _objective(
     sampler: Batches,
     recipe: Recipe,
     out: Path,
-) -> LabelObjective | ImageTextObjective | SemanticProxies:
+) -> LabelObjective | ImageTextObjective | SemanticProxies | SelfDistillation:
     name, settings = recipe.loss.chosen
+    if name == "dino":
+        return _distillation(encoder, _steps(recipe, sampler), recipe)
     if name == "semantic_proxies":
         kind, of_it = settings.accumulator.chosen
         given = of_it.model_dump() | ({"dim": encoder.embedding_dim} if kind == "gru" else {})
@@ -811,6 +927,9 @@ def _objective(
         return LabelObjective(
             encoder, pair if memory is None else CrossBatchMemory(pair, encoder.embedding_dim, size=memory), **anchor
         )
+    if name in LINEAR_LOSSES:
+        linear = LINEAR_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
+        return LabelObjective(encoder, linear, **anchor)
     proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
     if recipe.class_means:
         start_from_class_means(proxies, _through_head(encoder, train, untuned, recipe), train.labels())
@@ -829,6 +948,22 @@ def _trained_aside(objective: torch.nn.Module) -> int:
     own = [p for name, p in objective.named_parameters() if p.requires_grad and not name.startswith("encoder.")]
     prompts = objective.table.table.shape[0] * objective.table.numbers if isinstance(objective, SemanticProxies) else 0
     return sum(p.numel() for p in own) + prompts
+
+
+def _distillation(encoder: Encoder, steps: int, recipe: Recipe) -> SelfDistillation:
+    dino = recipe.loss.chosen[1]
+    small = cast(MultiCrop, _transform(encoder, recipe)).small
+    temperatures = dino.model_dump(include={"student_temperature", "teacher_temperature", "centre_momentum"})
+    head = DINOHead(encoder.embedding_dim, dino.prototypes, hidden=dino.hidden, bottleneck=dino.bottleneck)
+    return SelfDistillation(
+        encoder,
+        DINO(dino.prototypes, **temperatures),
+        head,
+        steps=steps,
+        warmup=round(dino.temperature_warmup * steps),
+        small_size=small[0].preprocess.size if small else None,
+        **dino.model_dump(include={"train_head", "momentum", "first_temperature"}),
+    )
 
 
 def _contrastive(
@@ -905,11 +1040,15 @@ def _alike(train: Manifest, by: Sequence[str]) -> list[list[tuple[str, Any]]]:
 
 
 def _optimizer(
-    objective: LabelObjective | ImageTextObjective | SemanticProxies, recipe: Recipe
+    objective: LabelObjective | ImageTextObjective | SemanticProxies | SelfDistillation, recipe: Recipe
 ) -> torch.optim.Optimizer:
     rates: dict[str, Any] = {"lr": recipe.lr, "loss_lr": recipe.loss_lr, "layer_decay": recipe.layer_decay}
     groups = parameter_groups(objective, **rates, weight_decay=recipe.weight_decay)
     optimizer = build_optimizer(recipe.optimizer, groups)
+    if recipe.clip_each is not None:
+        clip_each(optimizer, recipe.clip_each)
+    if isinstance(objective, SelfDistillation):
+        objective.follow(optimizer)
     if not isinstance(objective, SemanticProxies):
         return optimizer
     return RowAdam(optimizer, objective.table, lr=recipe.loss.chosen[1].lr or recipe.lr)

@@ -50,6 +50,8 @@ class Batch(TypedDict, total=False):
     """What a loader yields. `image` is float "B 3 H W", normalised; `index` is the row in the manifest.
 
     `image_vector` and `text_vector`, "B D", stand in the place of what a locked tower would make of image and text.
+    Of several views, `views` "B G 3 H W" are those in the backbone's size (the first is `image`), `crops` "B L 3 h w"
+    smaller ones.
     """
 
     image: Tensor
@@ -60,6 +62,7 @@ class Batch(TypedDict, total=False):
     views: Tensor
     image_vector: Tensor
     text_vector: Tensor
+    crops: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """A manifest divided for a run: what is trained on, selected on, and measured on, as masks over its rows.
 
 The parts that are measured are `seen` (classes that were trained on, images that were not), `unseen` (classes that
-were not), `joint` (both, scored among all classes) or, where every class is trained on, `all`.
+were not), `joint` (both, scored among all classes) or, where every class is trained on, `all`. Where everything is
+trained on there are none, and what is measured is other data.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Division:
 
     def queries(self) -> Bool[Tensor, "N"]:
         """The rows that some part asks about."""
-        return torch.stack([part.queries for part in self.parts.values()]).any(0)
+        return torch.stack([torch.zeros_like(self.train), *(part.queries for part in self.parts.values())]).any(0)
 
     def without(self, gone: Bool[Tensor, "N"], note: str) -> Division:
         """The same division with these rows in no training, validation, catalog or fallback; queries stay."""
@@ -87,7 +88,8 @@ class Division:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {int(part.queries.sum()):,}" for name, part in self.parts.items())
-        return f"{int(self.train.sum()):,} images to train on, {int(self.val.sum()):,} to select on; measured: {parts}"
+        counts = f"{int(self.train.sum()):,} images to train on, {int(self.val.sum()):,} to select on"
+        return f"{counts}; measured: {parts or 'none of them'}"
 
 
 def divide(
@@ -105,7 +107,7 @@ def divide(
     Args:
         manifest: its `split` column, where it has one, is respected by "class_disjoint" and "official"; "grouped"
             divides anew, by group.
-        kind: "class_disjoint", "official" or "grouped".
+        kind: "class_disjoint", "official", "grouped" or "all" (everything is trained on, nothing measured here).
         holdout: share of the classes (or groups) that are tested on and never trained on.
         seed: of every shuffle.
         val: share of the remaining classes (or groups) to select on; none, with a note, where it is under two classes.
@@ -127,8 +129,11 @@ def divide(
                 division = _official(manifest, masks)
         case "grouped":
             division = _official(manifest, _grouped_masks(manifest, column, holdout, val, seed))
+        case "all":
+            none = torch.zeros(len(manifest), dtype=torch.bool)
+            return Division(~none, none, {})
         case _:
-            raise InputError(f"split: {kind!r} is unknown; use class_disjoint, official or grouped")
+            raise InputError(f"split: {kind!r} is unknown; use class_disjoint, official, grouped or all")
     _refuse_empty(manifest, division)
     return division
 

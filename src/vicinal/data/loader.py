@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,12 +25,13 @@ from torch.utils.data import DataLoader, Dataset
 from vicinal.data.images import decode
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import Sampler, occurrence
-from vicinal.data.transforms import EvalTransform, TrainTransform
+from vicinal.data.transforms import EvalTransform, MultiCrop, TrainTransform
 from vicinal.types import Batch, InputError
 
 __all__ = ["EvalBatches", "TrainBatches", "default_workers", "eval_batches", "train_batches"]
 
-Transform = Callable[[UInt8[Tensor, "3 H W"]], Float[Tensor, "3 h w"]]
+# One view, "3 h w", which comes as `image`; or several by the names they have in a batch, `image` among them.
+Transform = Callable[[UInt8[Tensor, "3 H W"]], Tensor | dict[str, Tensor]]
 
 _MOST_WORKERS: Final = 8
 _MASK: Final = (1 << 64) - 1
@@ -53,7 +54,7 @@ class _Item(NamedTuple):
 
 
 class _Made(NamedTuple):
-    images: Tensor | None
+    images: dict[str, Tensor] | None
     rows: list[int]
     seeds: list[int | None]
     skipped: list[tuple[int, str]]
@@ -76,10 +77,10 @@ class _Maker(Dataset[_Made]):
         self.spares = spares
         self.boxes = manifest.column("box") if "box" in manifest.names() else None
 
-    def view(self, row: int, seed: int | None) -> Float[Tensor, "3 h w"]:
+    def view(self, row: int, seed: int | None) -> Tensor | dict[str, Tensor]:
         """One image through the transform, drawn from `seed`."""
         assert self.transform is not None
-        if isinstance(self.transform, EvalTransform | TrainTransform):
+        if isinstance(self.transform, EvalTransform | TrainTransform | MultiCrop):
             path, box = self.manifest.path(row), self.boxes[row] if self.boxes else None
             cutout = decode(path, box=box, padding=self.manifest.padding, at_least=self.transform.at_least)
             if seed is not None:
@@ -91,7 +92,7 @@ class _Maker(Dataset[_Made]):
         return self.transform(image)
 
     def __getitem__(self, items: Sequence[_Item]) -> _Made:
-        images: Tensor | None = None
+        images: dict[str, Tensor] = {}
         rows: list[int] = []
         seeds: list[int | None] = []
         skipped: list[tuple[int, str]] = []
@@ -108,14 +109,22 @@ class _Maker(Dataset[_Made]):
                             return _Made(None, [], [], [], str(error))
                         skipped.append((row, str(error)))
                         continue
-                    if images is None:  # channels-last, see transforms.py
-                        shape = (len(items), *view.shape)
-                        images = torch.empty(shape, dtype=view.dtype, memory_format=torch.channels_last)
-                    images[len(rows)] = view
+                    named = view if isinstance(view, dict) else {"image": view}
+                    if not rows:
+                        images = {name: _room(len(items), one) for name, one in named.items()}
+                    for name, one in named.items():
+                        images[name][len(rows)] = one
                     rows.append(row)
                     seeds.append(item.seed)
                     break
-        return _Made(None if images is None else images[: len(rows)], rows, seeds, skipped, None)
+        made = {name: stack[: len(rows)] for name, stack in images.items()}
+        return _Made(made if rows else None, rows, seeds, skipped, None)
+
+
+def _room(size: int, view: Float[Tensor, "*v"]) -> Float[Tensor, "B *v"]:
+    """Memory for so many views; of one image each channels-last, see transforms.py."""
+    form = torch.channels_last if view.dim() == 3 else torch.contiguous_format
+    return torch.empty((size, *view.shape), dtype=view.dtype, memory_format=form)
 
 
 class _Spares:
@@ -149,12 +158,10 @@ class _Columns:
             groups = [("row", row) if group is None else group for row, group in enumerate(manifest.column("group"))]
             self.groups = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
-    def batch(self, made: _Made, images: Tensor | None) -> Batch:
+    def batch(self, made: _Made, images: dict[str, Tensor]) -> Batch:
         rows = made.rows
         index = torch.tensor(rows, dtype=torch.int64)
-        batch = Batch(label=self.labels[index], index=index)
-        if images is not None:
-            batch["image"] = images
+        batch = cast(Batch, {**images, "label": self.labels[index], "index": index})
         if self.captions is not None:
             drawn = zip((self.captions[row] for row in rows), made.seeds, strict=True)
             batch["text"] = [_one_of(several, seed) for several, seed in drawn]

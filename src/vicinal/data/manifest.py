@@ -224,19 +224,48 @@ class Manifest:
         strange = [part for part, word in words.items() if word is None]
         if strange:
             raise InputError(f"{strange[0]!r} is no part of a split; name the sources {', '.join(SPLIT_WORDS)}")
-        roots = [m.root for m in parts.values()]
+        said = [
+            replace(
+                manifest,
+                table=manifest.table.drop_columns(["split"] if "split" in manifest.names() else []).append_column(
+                    "split", pa.array([words[part]] * len(manifest), pa.string())
+                ),
+            )
+            for part, manifest in parts.items()
+        ]
+        return cls.together(said, names=tuple(parts))
+
+    @classmethod
+    def together(cls, manifests: Sequence[Manifest], *, names: Sequence[str] = ()) -> Manifest:
+        """The rows of several sources as one: paths from their common folder, all classes, all columns.
+
+        Labels that are spelt alike are one class. A column that a source lacks is empty in its rows; `split` is kept
+        only if all have it, since an empty word there means nothing.
+
+        Args:
+            manifests: one or more.
+            names: what an error calls them.
+
+        Raises:
+            InputError: no sources, columns of different kinds, or labels in some and none in others.
+        """
+        if not manifests:
+            raise InputError("no source is given; name at least one")
+        called = ", ".join(names) or ", ".join(str(m.root) for m in manifests)
+        roots = [m.root for m in manifests]
         root = roots[0] if len(set(roots)) == 1 else Path(os.path.commonpath([os.path.realpath(r) for r in roots]))
-        tables = []
-        for part, manifest in parts.items():
-            table = manifest.rebased(root).table
-            table = table.drop_columns([c for c in ("split", "_copy") if c in table.column_names])
-            tables.append(table.append_column("split", pa.array([words[part]] * len(manifest), pa.string())))
+        dropped = {"_copy"} if all("split" in m.names() for m in manifests) else {"_copy", "split"}
+        tables = [m.rebased(root).table for m in manifests]
+        tables = [table.drop_columns([c for c in table.column_names if c in dropped]) for table in tables]
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
-            raise InputError(f"the sources of {', '.join(parts)} have columns of different kinds ({error})") from error
-        notes = tuple(note for manifest in parts.values() for note in manifest.notes)
-        return replace(cls.build(table, root, name=f"{', '.join(parts)} together"), notes=notes)
+            raise InputError(f"the sources of {called} have columns of different kinds ({error})") from error
+        if len({m.padding for m in manifests}) > 1:
+            raise InputError(f"the sources of {called} widen their boxes differently; give all one padding")
+        notes = tuple(note for manifest in manifests for note in manifest.notes)
+        built = cls.build(table, root, padding=manifests[0].padding, name=f"{called} together")
+        return replace(built, notes=notes)
 
     def rebased(self, root: str | Path) -> Manifest:
         """The same images, with paths that start from another folder."""

@@ -26,6 +26,7 @@ import pyarrow.compute as pc
 from vicinal.data.coco import read_coco, write_coco
 from vicinal.data.hub import read_hub
 from vicinal.data.manifest import FEW, IMAGE_ENDINGS, SPLIT_WORDS, Manifest, split_word
+from vicinal.data.open_images import read_open_images
 from vicinal.data.shards import read_shards, write_shards
 from vicinal.data.splits import class_disjoint, official
 from vicinal.data.tables import read_table, write_table
@@ -37,6 +38,7 @@ __all__ = [
     "read_coco",
     "read_folder",
     "read_hub",
+    "read_open_images",
     "read_shards",
     "read_table",
     "read_voc",

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from vicinal.data.manifest import BOX, IMAGE_ENDINGS, Manifest, box_array, box_values
 from vicinal.types import InputError
 
-__all__ = ["COLUMNS", "map_columns", "read_table", "write_table"]
+__all__ = ["COLUMNS", "map_columns", "read_rows", "read_table", "write_table"]
 
 Source = str | Path
 
@@ -94,7 +94,7 @@ def read_table(
 
         return read_logos(path)
     name = str(path)
-    table = _read_rows(path)
+    table = read_rows(path)
     known = _saved_by_us(table)
     table = map_columns(table.replace_schema_metadata(None), columns, name, labels)
     if known and not columns:
@@ -107,7 +107,7 @@ def read_table(
     return manifest
 
 
-def _read_rows(path: Path) -> pa.Table:
+def read_rows(path: Path) -> pa.Table:
     """Whatever the file holds, as an Arrow table."""
     if not path.exists():
         beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -28,7 +28,16 @@ from torch import Tensor
 from vicinal.data.images import Cutout
 from vicinal.types import InputError, Preprocess
 
-__all__ = ["AUGMENT", "Augment", "EvalTransform", "TrainTransform", "eval_transform", "train_transform"]
+__all__ = [
+    "AUGMENT",
+    "Augment",
+    "EvalTransform",
+    "MultiCrop",
+    "TrainTransform",
+    "eval_transform",
+    "multi_crop",
+    "train_transform",
+]
 
 _LUMA: Final = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow and torchvision weigh R, G, B
 
@@ -49,7 +58,11 @@ class Augment:
         brightness: the pixels are multiplied by 1 - brightness to 1 + brightness.
         contrast: their distance from the mean grey, likewise.
         saturation: their distance from their own grey, likewise.
+        hue: largest turn of all colours about the grey axis, to either side, as a share of the whole circle.
+        jitter: probability that brightness, contrast, saturation and hue are changed at all.
         grey: probability of losing all colour.
+        blur: probability of a Gaussian blur, of a standard deviation from 0.1 to 2 pixels of a view of 224.
+        solarise: probability that what is brighter than the middle is inverted.
     """
 
     scale: tuple[float, float] | None = None
@@ -61,7 +74,11 @@ class Augment:
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
+    hue: float = 0.0
+    jitter: float = 1.0
     grey: float = 0.0
+    blur: float = 0.0
+    solarise: float = 0.0
 
     @property
     def moves(self) -> bool:
@@ -71,7 +88,8 @@ class Augment:
     @property
     def colours(self) -> bool:
         """Whether it changes colours."""
-        return bool(self.brightness or self.contrast or self.saturation or self.grey)
+        shifts = self.brightness or self.contrast or self.saturation or self.hue or self.grey
+        return bool(shifts or self.blur or self.solarise)
 
 
 AUGMENT: Final[Mapping[str, Augment]] = {
@@ -94,6 +112,18 @@ AUGMENT: Final[Mapping[str, Augment]] = {
     ),
     # A mark fills its picture, so nothing is cut off; it comes in other colours, or in none.
     "logo": Augment(rotate=8.0, zoom=(0.8, 1.1), shift=0.05, brightness=0.2, contrast=0.2, saturation=0.2, grey=0.1),
+    # The colours of DINO's views, and its mirroring; `multi_crop` cuts them out.
+    "dino": Augment(
+        scale=(0.4, 1.0),
+        flip=0.5,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.2,
+        hue=0.1,
+        jitter=0.8,
+        grey=0.2,
+        blur=0.5,
+    ),
 }
 
 
@@ -146,6 +176,31 @@ class TrainTransform:
         return _moved(out, augment) if augment.moves else out
 
 
+@dataclass(frozen=True, slots=True)
+class MultiCrop:
+    """Several random views of an image, in two sizes. See `multi_crop`."""
+
+    large: tuple[TrainTransform, ...]
+    small: tuple[TrainTransform, ...]
+
+    @property
+    def at_least(self) -> tuple[int, int]:
+        """The size that a whole image is resized to."""
+        return self.large[0].at_least
+
+    def __call__(self, image: UInt8[Tensor, "3 H W"]) -> dict[str, Tensor]:
+        """Random views of an image."""
+        return self.view(Cutout.whole(image))
+
+    def view(self, cutout: Cutout) -> dict[str, Tensor]:
+        """Random views by their names: `views` "G 3 H W", `crops` "L 3 h w"; `image` is the first of the views."""
+        views = torch.stack([transform.view(cutout) for transform in self.large])
+        found = {"image": views[0], "views": views}
+        if self.small:
+            found["crops"] = torch.stack([transform.view(cutout) for transform in self.small])
+        return found
+
+
 def eval_transform(preprocess: Preprocess) -> EvalTransform:
     """The evaluation view of an image, as timm and open_clip make it (to one level in 255 a pixel).
 
@@ -178,6 +233,53 @@ def train_transform(preprocess: Preprocess, augment: str | Augment = "standard")
             raise InputError(f"augment={augment!r} is unknown; choose one of {', '.join(AUGMENT)}")
         augment = AUGMENT[augment]
     return TrainTransform(preprocess, augment)
+
+
+def multi_crop(
+    preprocess: Preprocess,
+    augment: str | Augment = "dino",
+    *,
+    large_scale: tuple[float, float] = (0.4, 1.0),
+    small_crops: int = 8,
+    small_scale: tuple[float, float] = (0.05, 0.4),
+    small_size: tuple[int, int] | None = None,
+) -> MultiCrop:
+    """Two large random views of an image and several small ones, as DINO takes them. Caron et al. 2021.
+
+    Colours, mirroring and moves are those of `augment`. Where it blurs, it does so as the paper does: the first large
+    view always, the second one time in ten, and that one is solarised one time in five; small views as `augment` says.
+
+    Args:
+        preprocess: of the backbone; every view has its mean and std.
+        augment: a name in `AUGMENT`, or an `Augment` of your own; its own scale is not used.
+        large_scale: smallest and largest share of the area in a large view. DINO: .4 to 1 (.25 in the overlap adapter).
+        small_crops: L, how many small views. DINO: 8; the overlap adapter: 10.
+        small_scale: the share of the area in a small one. DINO: .05 to .4 (.25 in the overlap adapter).
+        small_size: height and width of the small views. None: three sevenths of the backbone's (DINO's 96 of 224),
+            rounded down to a multiple of 16.
+
+    Raises:
+        InputError: there is no such name, a scale is no range within 0 to 1, or a count is below 0.
+
+    >>> crops = multi_crop(Preprocess((32, 32), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), small_crops=3, small_size=(16, 16))
+    >>> {name: tuple(view.shape) for name, view in crops(torch.zeros(3, 40, 50, dtype=torch.uint8)).items()}
+    {'image': (3, 32, 32), 'views': (2, 3, 32, 32), 'crops': (3, 3, 16, 16)}
+    """
+    for name, (low, high) in (("large_scale", large_scale), ("small_scale", small_scale)):
+        if not 0 < low <= high <= 1:
+            raise InputError(f"{name} is the smallest and largest share of an image's area, not {low} and {high}")
+    if small_crops < 0:
+        raise InputError(f"small_crops must be 0 or more, not {small_crops}")
+    base = train_transform(preprocess, augment).augment
+    if small_size is None:
+        small_size = (max(16, preprocess.size[0] * 3 // 7 // 16 * 16), max(16, preprocess.size[1] * 3 // 7 // 16 * 16))
+    blurs, solarises = ((1.0, 0.1), (0.0, 0.2)) if base.blur else ((0.0, 0.0), (base.solarise, base.solarise))
+    large = [
+        replace(base, scale=large_scale, blur=blur, solarise=solarise)
+        for blur, solarise in zip(blurs, solarises, strict=True)
+    ]
+    small = TrainTransform(replace(preprocess, size=small_size), replace(base, scale=small_scale))
+    return MultiCrop(tuple(TrainTransform(preprocess, one) for one in large), (small,) * small_crops)
 
 
 def _before_crop(preprocess: Preprocess) -> tuple[int, int]:
@@ -262,16 +364,46 @@ def _recoloured(view: UInt8[Tensor, "3 a b"], preprocess: Preprocess, augment: A
     """Jitter and normalise: x -> clamp(M x + o), M = brightness contrast (saturation I + (1 - saturation) 1 luma^T)."""
     brightness, contrast, saturation, grey = torch.rand(4).tolist()
     bright, steep = _around_one(augment.brightness, brightness), _around_one(augment.contrast, contrast)
-    vivid = 0.0 if grey < augment.grey else _around_one(augment.saturation, saturation)
+    vivid = _around_one(augment.saturation, saturation)
+    turn = augment.hue * (2 * torch.rand(()).item() - 1) if augment.hue else 0.0
+    if augment.jitter < 1 and torch.rand(()).item() >= augment.jitter:
+        bright, steep, vivid, turn = 1.0, 1.0, 1.0, 0.0
+    if grey < augment.grey:
+        vivid, turn = 0.0, 0.0
     planes = view.to(torch.float32, memory_format=torch.contiguous_format)
+    if turn:
+        planes = torch.einsum("ij,jab->iab", _turned(turn), planes)
     own_grey = planes[0] * _LUMA[0] + planes[1] * _LUMA[1] + planes[2] * _LUMA[2]
     # Contrast is about it. numpy's sum, since torch's depends on the number of threads in the last digit.
     mean_grey = float(own_grey.numpy().mean())
     common = own_grey.mul_(bright * steep * (1 - vivid)).add_(bright * (1 - steep) * mean_grey)
     jittered = planes.mul_(bright * steep * vivid).add_(common).clamp_(0, 255)
+    if augment.blur and torch.rand(()).item() < augment.blur:
+        jittered = _blurred(jittered, (0.1 + 1.9 * torch.rand(()).item()) * min(preprocess.size) / 224)
+    if augment.solarise and torch.rand(()).item() < augment.solarise:
+        jittered = torch.where(jittered >= 128, 255 - jittered, jittered)
     for plane, mean, std in zip(jittered, preprocess.mean, preprocess.std, strict=True):
         plane.mul_(1 / (255 * std)).sub_(mean / std)
     return _framed(jittered.permute(1, 2, 0), preprocess)
+
+
+def _turned(share: float) -> Float[Tensor, "3 3"]:
+    """The matrix that turns colours about the grey axis (Rodrigues): sums of R, G and B stay, and greys do."""
+    angle = 2 * math.pi * share
+    cos, sin = math.cos(angle), math.sin(angle) / math.sqrt(3)
+    own, before, after = cos + (1 - cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
+    return torch.tensor([[own, before, after], [after, own, before], [before, after, own]])
+
+
+def _blurred(planes: Float[Tensor, "3 a b"], sigma: float) -> Float[Tensor, "3 a b"]:
+    """A Gaussian of this standard deviation, in pixels, along both axes; the edge is repeated outwards."""
+    reach = min(max(1, math.ceil(3 * sigma)), min(planes.shape[1:]) - 1)
+    if reach < 1:
+        return planes
+    weights = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
+    weights /= weights.sum()
+    padded = F.pad(planes[:, None], (reach, reach, reach, reach), mode="replicate")
+    return F.conv2d(F.conv2d(padded, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))[:, 0]
 
 
 def _moved(values: Float[Tensor, "3 h w"], augment: Augment) -> Float[Tensor, "3 h w"]:

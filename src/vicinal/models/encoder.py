@@ -13,6 +13,7 @@ tokens of a text.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -240,6 +241,35 @@ class Encoder(nn.Module):
                 "such as bitfit or linear_head"
             )
         return halves
+
+    def at_size(self, size: tuple[int, int]) -> Encoder:
+        """A second encoder of the same weights for images of another size: what is trained in one is in the other.
+
+        Position embeddings alone are its own: resampled, and frozen.
+
+        Args:
+            size: height and width of the images.
+
+        Raises:
+            InputError: the architecture takes no such size, or position embeddings are trained, which there would be
+                two of.
+        """
+        shared: dict[int, Any] = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        other = copy.deepcopy(self, shared)
+        if other.family.resize(other.model, size):
+            other.architecture["size"] = list(size)
+        other.preprocess = dataclasses.replace(self.preprocess, size=size)
+        own = dict(self.named_parameters())
+        for name, parameter in other.named_parameters():
+            if parameter is own.get(name):
+                continue
+            if name in own and own[name].requires_grad:
+                raise InputError(
+                    f"{name} of {self.source} is trained, and depends on the size of the image: leave it frozen (adapt "
+                    f"by lora or bottleneck, not full), or give all images {self.preprocess.size}"
+                )
+            parameter.requires_grad_(False)
+        return other
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
         """The same as `encode_image`."""

@@ -13,7 +13,11 @@ used without being called, so an adapter put on it never runs.
 
 The gradients go through the narrow sides, so the full dW is never formed: two large products a step and four thin ones.
 
-`prepare_for` puts these, and attention in the form that is fastest for the number type, in place for training.
+`DINOHead` stands behind an encoder while it is trained without labels, and is thrown away with it:
+
+    logits = V u / |V_k| |u|,   u = W3 gelu(W2 gelu(W1 x + b1) + b2) + b3
+
+`prepare_for` puts the first two, and attention in the form that is fastest for the number type, in place for training.
 
 Letters: B batch (in updates: their wide factor), L query tokens, S key tokens, D width, H heads, d = D / H, r rank,
 s = alpha / r, o and i numbers out of and into a layer.
@@ -34,10 +38,43 @@ from torch.autograd.function import once_differentiable
 
 from vicinal.types import InputError
 
-__all__ = ["FoldedLinear", "SplitAttention", "plain_attention", "prepare_for", "put", "unprepared"]
+__all__ = ["DINOHead", "FoldedLinear", "SplitAttention", "plain_attention", "prepare_for", "put", "unprepared"]
 
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class DINOHead(nn.Module):
+    """From embeddings to prototypes: three layers, then the cosine to each of K. Caron et al. 2021, arXiv:2104.14294.
+
+    Weights start as the authors' do: truncated normal of .02, biases zero; the prototypes are of length one (their
+    weight norm with its gain fixed to 1).
+
+    Args:
+        dim: D, of the embeddings.
+        prototypes: K. The paper: 65,536.
+        hidden: width of the two hidden layers. The paper: 2,048.
+        bottleneck: numbers of what is compared with the prototypes. The paper: 256.
+
+    >>> logits = DINOHead(8, 5, hidden=16, bottleneck=4)(torch.randn(3, 8))
+    >>> tuple(logits.shape), bool((logits.abs() <= 1.001).all())
+    ((3, 5), True)
+    """
+
+    def __init__(self, dim: int, prototypes: int, *, hidden: int = 2048, bottleneck: int = 256) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        self.prototypes = nn.Parameter(nn.Linear(bottleneck, prototypes, bias=False).weight.detach())
+
+    def forward(self, embeddings: Float[Tensor, "*B D"]) -> Float[Tensor, "*B K"]:
+        """The cosine of each embedding's bottleneck to each prototype."""
+        return F.linear(F.normalize(self.layers(embeddings), dim=-1), F.normalize(self.prototypes, dim=-1))
 
 
 class SplitAttention(nn.Module):

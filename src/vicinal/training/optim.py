@@ -1,9 +1,11 @@
 """What is optimised at which rate, and how the rate goes over the steps.
 
-    rate(t) = (t + 1) / W                                 for t < W, the warm-up
-    rate(t) = (1 + cos(pi (t - W) / (T - W))) / 2         after it
+    rate(t) = (t + 1) / W                                             for t < W, the warm-up
+    rate(t) = f + (1 - f) (1 + cos(pi (t - W) / (T - W))) / 2         after it
+    decay(t) = d1 + (d0 - d1) (1 + cos(pi t / T)) / 2                 where it changes
 
-Letters: t the step, from 0; T all steps; W those of the warm-up.
+Letters: t the step, from 0; T all steps; W those of the warm-up; f the share of the rate that is left in the end; d0
+and d1 the first and last weight decay.
 
 The rate is that of a *step*, and T is the exact number of them: a schedule counted in epochs by mistake never gets out
 of its warm-up, and one that begins with 0 wastes its first step.
@@ -12,6 +14,7 @@ of its warm-up, and one that begins with 0 wastes its first step.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,7 +25,7 @@ from vicinal.models.encoder import Anatomy, Encoder
 from vicinal.models.methods import tower_parameters
 from vicinal.types import InputError
 
-__all__ = ["build_optimizer", "parameter_groups", "warmup_cosine"]
+__all__ = ["build_optimizer", "clip_each", "parameter_groups", "warmup_cosine"]
 
 
 def parameter_groups(
@@ -135,16 +138,50 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> Optimizer:
     raise InputError(f"there is no optimiser {name!r}; choose adamw or sgd")
 
 
-def warmup_cosine(optimizer: Optimizer, *, steps: int, warmup: int = 0) -> LambdaLR:
+def clip_each(optimizer: Optimizer, largest: float) -> None:
+    """From now on, before each step, shorten the gradient of every parameter that is longer than this, on its own.
+
+    DINO's way, beside the usual norm over all parameters: no one parameter's gradient makes the others' small.
+
+    Args:
+        optimizer: of the parameters.
+        largest: norm of the gradient of one parameter. DINO: 3, and 0.3 for larger ViTs.
+
+    >>> import torch
+    >>> weights = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    >>> optimizer = SGD(weights, lr=1.0); clip_each(optimizer, 1.0)
+    >>> weights[0].grad, weights[1].grad = torch.tensor([30.0, 40.0]), torch.tensor([0.5])
+    >>> optimizer.step(); [round(value, 3) for weight in weights for value in weight.tolist()]
+    [-0.6, -0.8, -0.5]
+    """
+
+    def clip(optimizer: Optimizer, arguments: Any, settings: Any) -> None:  # noqa: ANN401  of a step: of no use here
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                nn.utils.clip_grad_norm_(parameter, largest)
+
+    optimizer.register_step_pre_hook(clip)
+
+
+def warmup_cosine(
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    warmup: int = 0,
+    final: float = 0.0,
+    final_decay: float | None = None,
+) -> LambdaLR:
     """A linear warm-up and then half a cosine down to zero; to be stepped once each optimiser step.
 
     Args:
         optimizer: its groups' rates are the peaks.
         steps: T.
         warmup: W, in steps. Usual: 5 % of T.
+        final: f, the share of the peak at the end; 1: the rate stays.
+        final_decay: d1, of the groups that decay at all; None: the weight decay stays. DINO: .04 -> .4.
 
     Raises:
-        ValueError: `warmup` is not from 0 to below `steps`.
+        ValueError: `warmup` is not from 0 to below `steps`, or `final` not from 0 to 1.
 
     >>> import torch
     >>> optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -158,10 +195,30 @@ def warmup_cosine(optimizer: Optimizer, *, steps: int, warmup: int = 0) -> Lambd
     """
     if not 0 <= warmup < steps:
         raise ValueError(f"warmup must be from 0 to below the {steps} steps, not {warmup}")
+    if not 0 <= final <= 1:
+        raise ValueError(f"final is the share of the rate that is left in the end, from 0 to 1, not {final}")
 
     def rate(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (steps - warmup))))
+        share = min(1.0, (step - warmup) / (steps - warmup))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * share))
 
-    return LambdaLR(optimizer, rate)
+    return LambdaLR(optimizer, rate) if final_decay is None else _WithDecay(optimizer, rate, steps, final_decay)
+
+
+class _WithDecay(LambdaLR):
+    """Rate and weight decay; where it is, `state_dict` says: the decay is a function of the step, as the rate is."""
+
+    def __init__(self, optimizer: Optimizer, rate: Callable[[int], float], steps: int, final: float) -> None:
+        self.decays = [(group.get("weight_decay", 0.0), final) for group in optimizer.param_groups]
+        self.steps = steps
+        super().__init__(optimizer, rate)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Once each optimiser step."""
+        super().step(epoch)
+        share = 0.5 * (1 + math.cos(math.pi * min(1.0, self.last_epoch / self.steps)))
+        for group, (first, final) in zip(self.optimizer.param_groups, self.decays, strict=True):
+            if first:
+                group["weight_decay"] = final + (first - final) * share
