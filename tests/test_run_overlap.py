@@ -163,7 +163,7 @@ def test_sources_together(photos: Path, tmp_path: Path):
     assert not division.queries().any()
 
 
-# ----------------------------------------------------------------------------------------------------------- Open Images
+# ---------------------------------------------------------------------------------------------------------- Open Images
 
 
 def open_images(tmp_path: Path, text: str) -> Manifest:

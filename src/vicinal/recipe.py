@@ -317,6 +317,7 @@ else:
         __doc__="Pair losses added up, each times its `weight`: see `vicinal.losses.WeightedSum`.",
         **{n: (_weighted(part, f"Weighted{part.__name__}") | None, None) for n, part in PAIR_LOSSES.items()},
     )
+
     class Dino(_Strict):
         """Self-distillation without labels: see `vicinal.training.distillation` and `multi_crop`.
 

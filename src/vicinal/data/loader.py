@@ -158,10 +158,10 @@ class _Columns:
             groups = [("row", row) if group is None else group for row, group in enumerate(manifest.column("group"))]
             self.groups = torch.tensor([numbers.setdefault(group, len(numbers)) for group in groups], dtype=torch.int64)
 
-    def batch(self, made: _Made, images: dict[str, Tensor]) -> Batch:
+    def batch(self, made: _Made, images: dict[str, Tensor] | None) -> Batch:
         rows = made.rows
         index = torch.tensor(rows, dtype=torch.int64)
-        batch = cast(Batch, {**images, "label": self.labels[index], "index": index})
+        batch = cast(Batch, {**(images or {}), "label": self.labels[index], "index": index})
         if self.captions is not None:
             drawn = zip((self.captions[row] for row in rows), made.seeds, strict=True)
             batch["text"] = [_one_of(several, seed) for several, seed in drawn]
