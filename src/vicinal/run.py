@@ -149,8 +149,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
     parts = division.parts_within(needed)
     lost = None
-    vectors = out / "embeddings" / "before"
-    others = _elsewhere(ground, ground.original, recipe, "baseline", vectors, say, processes)
+    kept = out / "embeddings"
+    others = _elsewhere(ground, ground.original, recipe, "baseline", kept / "before", say, processes)
     before = ground.untuned.where(needed)
     if processes.main:
         before_scores = measure(before, parts, recipe, ground.texts(ground.original, recipe)) | others
@@ -167,12 +167,11 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
             say(f"seed {own.seed}, {len(trained) + 1} of {recipe.seeds}")
         trained[folder] = _train(ground, own, folder, own_resume(recipe, folder, resume), say, processes)
 
-    measured = []
+    measured: list[dict[str, list[PerQuery]]] = []
     for folder in trained:  # the test half, once for each training, after all of them
         tuned = load_encoder(str(folder / "model"))
         after = _embed(tuned, manifest.where(needed), recipe, "after", say, processes) if parts else before
-        vectors = None if measured else out / "embeddings" / "after"
-        others = _elsewhere(ground, tuned, recipe, "after", vectors, say, processes)
+        others = _elsewhere(ground, tuned, recipe, "after", None if measured else kept / "after", say, processes)
         if not processes.main:
             continue
         measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)) | others)
@@ -274,7 +273,7 @@ def _prepare(recipe: Recipe, say: Say, processes: Processes) -> _Ground:
             f"loss.{recipe.loss.chosen[0]} learns from labels, and the data has none; data.columns: {{label: …}} says "
             "which column holds them, loss: {dino: {}} needs none"
         )
-    elsewhere = {n: processes.main_first(lambda d=d: bring(d)) for n, d in recipe.elsewhere.items()}
+    elsewhere = processes.main_first(lambda: {name: bring(data) for name, data in recipe.elsewhere.items()})
     if unlabelled := [name for name, other in elsewhere.items() if not other.classes]:
         raise InputError(f"elsewhere.{unlabelled[0]} has no labels, by which it could be measured")
     _divide(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
