@@ -18,14 +18,19 @@ from tokenizers.normalizers import NFC
 from torch import Tensor, nn
 
 import tiny_encoders
-from vicinal.models.adapters import LinearHead, LoRA, VisualPrompt, adapt, trainable
+from pictures import write_folder
+from test_cli import vicinal
+from tiny_encoders import disturb
+from vicinal.heads.calibration import OpenSetThreshold
+from vicinal.models.adapters import LinearHead, LoRA, VisualPrompt, adapt, merge, trainable
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.serving import export as exports
 from vicinal.serving import parity
 from vicinal.serving.export import MARK, export, push_to_hub
 from vicinal.serving.layouts import clip_to_open_clip
-from vicinal.types import InputError
+from vicinal.serving.objects import ObjectMatcher, open_encoder
+from vicinal.types import Embeddings, InputError
 
 TEXTS = ["a bird", "small Greek letter alpha", "two red shoes on a white table " * 9]
 
@@ -447,3 +452,68 @@ def test_image_models_of_transformers(tmp_path: Path, here: None) -> None:
     x = images(encoder)
     assert torch.equal(encoder.encode_image(x), again.encode_image(x))
     assert again.preprocess == encoder.preprocess
+
+
+@pytest.mark.parametrize("kind", ["transformers", "open_clip", "onnx"])
+def test_a_threshold_goes_along_and_holds_there(kind: str, nano: Encoder, tmp_path: Path, here: None) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    tuned = adapt(nano, LoRA(rank=2))
+    disturb(trainable(tuned))
+    scores, right = [0.9, 0.8, 0.3, 0.2], [True, True, False, False]
+    settings = {"fusion": "max", "k": 3, "min_votes": 1, "vote_threshold": None, "margin": 0.0, "normalisation": None}
+    settings |= {"cohort": None}
+    rule = OpenSetThreshold().fit(scores, right, fingerprint=tuned.fingerprint(), settings=settings)
+    file = rule.save(tmp_path / "threshold.json")
+    out = export(tuned, tmp_path / "out", format=kind, threshold=file)
+    card = (out / "README.md").read_text()
+    assert "## Threshold" in card
+    assert f"| score | {rule.threshold_:.4g} |" in card
+    assert "| matcher · fusion | max |" in card
+    kept = OpenSetThreshold.load(out / "threshold.json")
+    assert kept.threshold_ == rule.threshold_
+    if kind != "onnx":
+        loaded = open_encoder(out)
+        assert kept.fingerprint_ == loaded.fingerprint()
+        x = torch.nn.functional.normalize(torch.randn(4, loaded.embedding_dim), dim=1)
+        given = Embeddings(x, torch.tensor([0, 0, 1, 1]), ("a", "b", "c", "d"), ("x", "y"))
+        matcher = ObjectMatcher(embedding_model=out, references=given).matcher
+        assert matcher is not None
+        assert matcher.threshold == rule.threshold_
+    with pytest.raises(InputError, match="was fitted on scores of the model"):
+        export(nano, tmp_path / "other", format=kind, threshold=file)
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_export_has_the_fingerprint_of_its_merged_encoder(nano: Encoder, tmp_path: Path, here: None) -> None:
+    tuned = adapt(nano, LoRA(rank=2))
+    disturb(trainable(tuned))
+    merged = merge(tuned)
+    out = export(merged, tmp_path / "out", format="transformers")
+    assert load_encoder(f"transformers:{out}").fingerprint() == merged.fingerprint() != nano.fingerprint()
+
+
+def test_a_run_is_exported_with_its_data_results_and_threshold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: None
+) -> None:
+    """What `vicinal calibrate` and `vicinal train` left beside a model stands on its card."""
+    photos = write_folder(tmp_path / "photos", classes=4, each=2)
+    home = tmp_path / "run"
+    encoder = load_encoder("vicinal:nano")
+    encoder.save(home / "model")
+    results = {"data": {"images": 120, "train_classes": 9}, "after": {"unseen": {"map@r": {"value": 0.5}, "other": 1}}}
+    (home / "results.json").write_text(json.dumps(results))
+    fingerprint = load_encoder(home).fingerprint()
+    OpenSetThreshold().fit([0.9, 0.1], [True, False], fingerprint=fingerprint).save(home / "threshold.json")
+    words = ("export", home, "--format", "transformers", "--out", tmp_path / "out", "--pictures", photos)
+    assert vicinal(monkeypatch, *words) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for line in (
+        "| images | 120 |",
+        "| trained on, classes | 9 |",
+        "| after · unseen · map@r · value | 0.5 |",
+        "| score | 0.5 |",
+    ):
+        assert line in card
+    (home / "results.json").write_text("{")
+    assert vicinal(monkeypatch, *words) == 2

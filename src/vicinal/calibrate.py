@@ -35,11 +35,11 @@ from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
 from vicinal.run import _divide, bring, bring_path, open_uri
 from vicinal.serving.matching import Matcher, Trials
+from vicinal.serving.objects import THRESHOLD_NAME
 from vicinal.types import Embeddings, InputError, Metrics
 
-__all__ = ["THRESHOLD_NAME", "Bench", "calibrate", "enrolments", "trials_of"]
+__all__ = ["Bench", "calibrate", "enrolments", "trials_of"]
 
-THRESHOLD_NAME = "threshold.json"  # beside the model: where `ObjectMatcher` looks for it
 ABOVE = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 DECIDED = ("precision", "recall", "f1", "fpir")
 MANY = 200_000  # scores, from which on fewer resamples are drawn

@@ -231,23 +231,31 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     format: Annotated[list[str], typer.Option(help="One of transformers, open_clip, … (an error lists all); several.")],
     tolerance: Annotated[float, typer.Option(help="The largest difference between the vectors of both.")] = 1e-3,
+    pictures: Annotated[Path | None, typer.Option(help="Compare on eight of these; else on drawn ones.")] = None,
     push: Annotated[str | None, typer.Option("--push-to-hub", help="ORG/NAME: upload the folder, too.")] = None,
 ) -> None:
     """Write a model for other libraries; each export is loaded there and compared before it is kept."""
-    from vicinal.run import open_uri
+    from vicinal.run import bring_pictures, open_uri
+    from vicinal.serving.card import of_run
     from vicinal.serving.export import export as export_encoder
     from vicinal.serving.export import push_to_hub
+    from vicinal.serving.objects import THRESHOLD_NAME
 
-    measured = Path(model) / "results.json"  # of a run folder: its model card then says what was measured
-    results = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
-    main = ("map@r", "recall@1", "accuracy@1shot", "accuracy@0shot")
-    sides = {
-        side: {part: {m: metrics[m] for m in main if m in metrics} for part, metrics in results[side].items()}
-        for side in ("before", "after", "difference")
-        if side in results
-    }
-    card = {"results": sides} if sides else None
-    folder = export_encoder(open_uri(model), out, format=format, tolerance=tolerance, card=card)
+    home = Path(model).expanduser()
+    fitted = home / THRESHOLD_NAME  # what `vicinal calibrate` wrote
+    shown = None
+    if pictures is not None:
+        some = bring_pictures([pictures])
+        shown = list(dict.fromkeys(str(some.path(row)) for row in range(min(len(some), 64))))[:8]
+    folder = export_encoder(
+        open_uri(model),
+        out,
+        format=format,
+        pictures=shown,
+        tolerance=tolerance,
+        card=of_run(home),
+        threshold=fitted if fitted.is_file() else None,
+    )
     print(push_to_hub(folder, push) if push else folder)
 
 

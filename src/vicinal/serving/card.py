@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.encoder import Encoder
+from vicinal.types import InputError
 
-__all__ = ["base_model", "model_card"]
+__all__ = ["base_model", "model_card", "of_run", "threshold_on_card"]
 
 _LIBRARIES = {
     "transformers": "transformers",
@@ -105,6 +110,44 @@ def model_card(
     for kind, found in differences.items():
         lines += [f"| {_LIBRARIES[kind]} | {what} | {value:.1e} |" for what, value in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """What the card of a run's model says: the data and what was measured; nothing of a folder that is no run.
+
+    Raises:
+        InputError: results.json is damaged.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{folder / 'results.json'} is damaged ({error}); run the recipe again") from error
+    about, card = results.get("data", {}), {}
+    names = {"images": "images", "classes": "classes", "train_images": "trained on, images",
+             "train_classes": "trained on, classes"}  # fmt: skip
+    if data := {words: about[key] for key, words in names.items() if key in about}:
+        card["data"] = data
+    main = ("map@r", "recall@1", "accuracy@1shot", "accuracy@0shot")
+    sides = {
+        side: {part: {m: metrics[m] for m in main if m in metrics} for part, metrics in results[side].items()}
+        for side in ("before", "after", "difference")
+        if side in results
+    }
+    return card | ({"results": sides} if sides else {})
+
+
+def threshold_on_card(rule: OpenSetThreshold) -> dict[str, Any]:
+    """The threshold, how it was chosen, and what it is worth."""
+    how = "best F1" if rule.rate is None else f"at most {rule.rate:g} of unknown queries accepted"
+    metrics = {name: asdict(e) for name, e in rule.metrics_.items() if name != "threshold"}
+    return {
+        "score": rule.threshold_,
+        "chosen for": how,
+        "matcher": rule.settings_,
+        "on the classes it was fitted on": metrics,
+    }
 
 
 def _section(content: Any) -> list[str]:  # noqa: ANN401  # whatever results.json holds

@@ -34,13 +34,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vicinal.data.transforms import eval_transform
+from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.adapters import merge, save_peft
 from vicinal.models.encoder import Encoder, Tokenizer
 from vicinal.models.modules import put
 from vicinal.models.tokenizers import MissingTokenizer, OpenClipTokenizer, TransformersTokenizer
 from vicinal.serving import parity
-from vicinal.serving.card import base_model, model_card
+from vicinal.serving.card import base_model, model_card, threshold_on_card
 from vicinal.serving.layouts import clip_to_open_clip, open_clip_to_transformers
+from vicinal.serving.objects import THRESHOLD_NAME, open_encoder
 from vicinal.serving.parity import Given
 from vicinal.types import InputError
 
@@ -77,6 +79,7 @@ def export(
     pictures: Sequence[Image.Image | str | Path] | None = None,
     tolerance: float = 1e-3,
     card: Mapping[str, Any] | None = None,
+    threshold: str | Path | OpenSetThreshold | None = None,
 ) -> Path:
     """Write a folder that another library loads, without vicinal; load it there, compare, and only then keep it.
 
@@ -96,17 +99,22 @@ def export(
         tolerance: the largest difference d of the vectors, see the module.
         card: what the model card says besides the licence: "data", "results" (as in results.json), "threshold", and
             whatever else; text, or mappings of it.
+        threshold: fitted for this encoder, or the file of one: it goes along as threshold.json, bound to the export as
+            `load_encoder` reads it, and onto the card.
 
     Raises:
         InputError: the format cannot hold the model (the message says which can), the vectors differ by more than
-            `tolerance` (it says by how much), a library is missing, or `out` holds something else. Nothing is left
-            behind.
+            `tolerance` (it says by how much), a library is missing, the threshold is another model's, or `out` holds
+            something else. Nothing is left behind.
     """
     formats: tuple[str, ...] = (format,) if isinstance(format, str) else tuple(format)
     _check_formats(formats, merged)
     out = Path(out)
     if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
         raise InputError(f"{out} exists and is not an export; choose another folder or remove it")
+    rule = OpenSetThreshold.load(threshold) if isinstance(threshold, str | Path) else threshold
+    if rule is not None:
+        rule.check(fingerprint=encoder.fingerprint(), settings=rule.settings_)
     forms = _Forms.of(encoder)
     for name in formats:
         _check_held(forms, name)
@@ -120,7 +128,11 @@ def export(
             FORMATS[name].write(forms.of_format(name), fresh)
         ours = _ours(forms.own, given)
         found = {name: _compare(name, fresh, forms.own, given, ours, tolerance) for name in formats}
-        (fresh / "README.md").write_text(model_card(out.name, encoder, found, card or {}), encoding="utf-8")
+        said = dict(card or {})
+        if rule is not None:
+            _bound_to(rule, fresh, formats).save(fresh / THRESHOLD_NAME)
+            said = {"threshold": threshold_on_card(rule), **said}
+        (fresh / "README.md").write_text(model_card(out.name, encoder, found, said), encoding="utf-8")
         mark = {
             "formats": formats,
             "source": encoder.source,
@@ -137,6 +149,15 @@ def export(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
+
+
+def _bound_to(rule: OpenSetThreshold, folder: Path, formats: Sequence[str]) -> OpenSetThreshold:
+    """The same threshold for the export, whose vectors are the encoder's own, as they were just found to be."""
+    if not {"transformers", "open_clip", "sentence_transformers"} & set(formats):
+        return rule  # no encoder is loaded from graphs, or from updates alone
+    other = copy.copy(rule)
+    other.fingerprint_ = open_encoder(folder).fingerprint()
+    return other
 
 
 def push_to_hub(folder: str | Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
