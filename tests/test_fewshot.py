@@ -215,6 +215,40 @@ def test_policies_with_validation_and_transfer(styles: Path, tmp_path: Path):
         table(styles, tmp_path / "x", "shots=1", "policy=transfer", f"transfer={tmp_path}")
 
 
+def test_published_lists_are_taken_instead_of_drawing(styles: Path, tmp_path: Path):
+    def write(train: list[str], val: list[str]) -> None:
+        parts = {
+            part: {"data": [{"impath": f"./data/x/{styles.parent.name}/{name}.png", "label": 0} for name in names]}
+            for part, names in (("train", train), ("val", val))
+        }
+        (tmp_path / "shot_1-seed_5.json").write_text(json.dumps(parts))
+
+    shapes = ("ellipse", "rectangle", "triangle", "cross")
+    write([f"{shape}3" for shape in shapes], [f"{shape}5" for shape in shapes])
+    settings = Settings.parse(["shots=1", "seeds=5", f"lists={tmp_path}"])
+    manifest = bring_source(styles, settings)[2]
+    shots, val = Task.of(manifest, settings).draws(settings)[1, 5]
+    images = manifest.column("image")
+    assert {images[i] for i in shots.nonzero().flatten().tolist()} == {f"{shape}3.png" for shape in shapes}
+    assert {images[i] for i in val.nonzero().flatten().tolist()} == {f"{shape}5.png" for shape in shapes}
+    found = table(
+        styles, tmp_path / "out", "shots=1", "seeds=5", f"lists={tmp_path}", "methods=gda", "policy=fewshot_val"
+    )
+    assert found["cells"][0]["selection"]["labels"] == 8
+    for train, says in (
+        (["cross3", "cross8"], "cross8.png, which is asked about"),
+        (["nobody"], "nobody.png, which the"),
+    ):
+        write(train, [])
+        with pytest.raises(InputError, match=says):
+            Task.of(manifest, settings).draws(settings)
+    (tmp_path / "shot_1-seed_5.json").write_text("[]")
+    with pytest.raises(InputError, match="does not hold train and val"):
+        Task.of(manifest, settings).draws(settings)
+    with pytest.raises(InputError, match=r"shot_1-seed_1.json cannot be read"):
+        table(styles, tmp_path / "x", "shots=1", f"lists={tmp_path}")
+
+
 def test_a_shift_is_asked_about_with_the_same_head(styles: Path, tmp_path: Path):
     words = ("shots=1", "seeds=1", "methods=[zero_shot,tip_adapter]", "shift=style", "source=plain")
     found = table(styles, tmp_path / "a", *words)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sklearn.base import clone
 from torch import Tensor
@@ -54,7 +54,7 @@ from vicinal.recipe import Data, apply_override
 from vicinal.run import SAME_PICTURE, Say, bring, bring_path, environment, open_uri, reads_text
 from vicinal.types import Embeddings, Estimate, InputError, PerQuery
 
-__all__ = ["COLUMNS", "Settings", "bring_source", "fewshot"]
+__all__ = ["COLUMNS", "Cell", "Settings", "Task", "bring_source", "fewshot"]
 
 COLUMNS = (
     "data", "model", "adapter", "method", "shots", "seed", "policy", "accuracy", "low", "high", "n", "part", "queries",
@@ -90,6 +90,8 @@ class Settings(BaseModel):
         group: a column that never straddles: whole groups are held out (photographers, shops).
         holdout: the share that is asked about where the data has no `split` column: of each class, or of the groups.
         split_seed: of that choice.
+        lists: a folder of published draws, `shot_K-seed_S.json`, in the form of cross-modal adaptation's `indices`,
+            taken instead of drawing. ImageNet's draws are to be had in no other way.
         fewer: a class with fewer images than shots stops ("raise"), or gives all it has, as in CoOp ("take"); None:
             "take" for published data sets, else "raise".
         leaks: the same pixels in a support image and a query stop ("raise"), or the support image goes ("drop").
@@ -125,6 +127,7 @@ class Settings(BaseModel):
     group: str | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.5
     split_seed: int = 42
+    lists: str | None = None
     fewer: Literal["raise", "take"] | None = None
     leaks: Literal["raise", "drop"] = "raise"
     min_images: Annotated[int, Field(ge=1)] = 1
@@ -322,6 +325,9 @@ class Task:
     """Which rows of a manifest are what.
 
     Args:
+        labels: "N", positions in `classes`.
+        images: "N", the path of each row.
+        classes: names.
         pool: "N", what support is drawn from.
         val: "N", what a validation policy may look at.
         parts: name -> "N", what is asked about.
@@ -329,7 +335,8 @@ class Task:
         notes: what was left out, and why.
     """
 
-    labels: Tensor
+    labels: Int[Tensor, "N"]
+    images: tuple[str, ...]
     classes: tuple[str, ...]
     pool: Bool[Tensor, "N"]
     val: Bool[Tensor, "N"]
@@ -379,7 +386,7 @@ class Task:
         notes += [f"{part}: no image to ask about" for part, mask in parts.items() if not mask.any()]
         parts = {part: mask for part, mask in parts.items() if mask.any()}
         take = settings.fewer == "take" or (settings.fewer is None and published)
-        return cls(labels, manifest.classes, pool, val, parts, take, tuple(notes))
+        return cls(labels, tuple(manifest.column("image")), manifest.classes, pool, val, parts, take, tuple(notes))
 
     def draws(self, settings: Settings) -> dict[tuple[int, int], tuple[Bool[Tensor, "N"], Bool[Tensor, "N"]]]:
         """(K, seed) -> the support rows and the validation rows.
@@ -387,6 +394,8 @@ class Task:
         Raises:
             InputError: a class has fewer images than shots, or a policy wants validation rows and there are none.
         """
+        if settings.lists is not None:
+            return {(k, seed): self._listed(settings.lists, k, seed) for k in settings.shots for seed in settings.seeds}
         have = torch.bincount(self.labels[self.pool], minlength=len(self.classes))
         few = (have > 0) & (have < max(settings.shots))
         if few.any() and not self.take:
@@ -411,6 +420,33 @@ class Task:
                 )
                 found[k, seed] = shots, self.val if settings.policy == "full_val" else val
         return found
+
+    def _listed(self, folder: str, k: int, seed: int) -> tuple[Bool[Tensor, "N"], Bool[Tensor, "N"]]:
+        """The draw of a published list: the rows whose paths end as its paths do."""
+        path = Path(folder).expanduser() / f"shot_{k}-seed_{seed}.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            listed = [[str(item["impath"]) for item in content[part]["data"]] for part in ("train", "val")]
+        except OSError as error:
+            raise InputError(f"lists: {path} cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"lists: {path} does not hold train and val with data and impath ({error})") from error
+        row = {image: i for i, image in enumerate(self.images)}
+        asked = torch.stack(list(self.parts.values())).any(0)
+        found = []
+        for images in listed:
+            mask = torch.zeros_like(self.pool)
+            for image in images:
+                words = image.split("/")
+                ends = ("/".join(words[i:]) for i in range(len(words)))
+                at = next((row[end] for end in ends if end in row), None)
+                if at is None:
+                    raise InputError(f"lists: {path} names {image}, which the data does not have")
+                if asked[at]:
+                    raise InputError(f"lists: {path} names {image}, which is asked about; it must not be drawn as well")
+                mask[at] = True
+            found.append(mask & (self.pool | self.val))  # without what leaks took out
+        return found[0], found[1]
 
     def without_leaks(self, manifest: Manifest, vectors: Float[Tensor, "N D"], settings: Settings, say: Say) -> Task:
         """The same picture must not be a query and a support image, nor a validation image and either.
