@@ -303,7 +303,7 @@ def test_names_come_from_a_column_and_must_be_there(styles: Path, tmp_path: Path
     text = styles.read_text().replace(",c3,,", ",c3,a cross,")
     named = styles.with_name("named.csv")
     named.write_text(text)
-    by_name = table(named, tmp_path / "a", "shots=1", "seeds=1", "methods=zero_shot", "names=title", 'templates="{}"')
+    by_name = table(named, tmp_path / "a", "shots=1", "seeds=1", "methods=zero_shot", "names=title", "templates={}")
     assert by_name["settings"]["names"] == "title"
     with pytest.raises(InputError, match="no column 'nickname'"):
         table(named, tmp_path / "x", "shots=1", "names=nickname")

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
+from scipy.optimize import minimize, minimize_scalar
 
 from vicinal.heads import (
     APE,
@@ -220,6 +220,38 @@ def test_one_shot_cannot_be_validated():
             assert "none can be held out" in head.selection_.reason
     head = TipAdapter().fit(np.repeat(X, 5, axis=0), np.repeat(y, 5), text=text)
     assert head.policy_ == "fixed"  # five copies of an image are one
+
+
+def test_one_shot_weighs_names_by_how_well_they_fit():
+    X, y, text = clusters(1)
+    Q, asked, _ = clusters(40, seed=1)
+    poor = text + 3 * np.random.default_rng(0).normal(size=text.shape)
+    base = 100 * unit(X) @ unit(poor).T
+
+    def loss(a: float) -> float:
+        logits = a * (base - base[np.arange(C), y][:, None])
+        return np.log(np.exp(logits).sum(1)).mean() + (a - 1) ** 2 / 2 / C
+
+    best = minimize_scalar(loss, bounds=(1e-2, 5), method="bounded").x
+    head = TipX(gamma=2.0).fit(X, y, text=poor)
+    assert head.alpha_ == pytest.approx(1 / best, rel=1e-2)
+    assert (head.beta_, head.gamma_) == (5.5, 2.0)  # not a weight; given
+    assert head.temperature_ == pytest.approx(1 / best, rel=1e-2)
+    rng = np.random.default_rng(2)
+    centres, y = unit(rng.normal(size=(60, 64))), np.arange(60)
+    X = unit(centres + 2 * unit(rng.normal(size=(60, 64))))
+    asked = np.tile(y, 10)
+    Q = unit(centres[asked] + 2 * unit(rng.normal(size=(600, 64))))
+    right = {}
+    for name, distance in (("good", 0.5), ("poor", 6.0)):
+        text = unit(centres + distance * unit(rng.normal(size=(60, 64))))
+        for policy in ("fixed", "support_cv"):
+            head = GDA(policy=policy).fit(X, y, text=text)
+            right[name, policy] = (head.predict(Q) == asked).mean()
+            assert policy != "fixed" or head.alpha_ == 0.1  # to the digit
+    assert right["poor", "support_cv"] > right["poor", "fixed"] + 0.1
+    assert right["good", "support_cv"] > right["good", "fixed"] - 0.02
+    assert GDA().fit(X, y).alpha_ == 0.1  # no names
 
 
 def test_cross_validation_is_worth_it():

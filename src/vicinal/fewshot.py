@@ -151,7 +151,11 @@ class Settings(BaseModel):
         """
         content: dict[str, Any] = {}
         for word in words:
-            apply_override(content, word)
+            key, _, text = word.partition("=")
+            if key == "templates" and "{}" in text and not text.startswith(("[", '"', "'")):
+                content[key] = text  # a prompt is no YAML
+            else:
+                apply_override(content, word)
         for key in ("methods", "shots", "seeds", "adapter", "also"):
             if key in content and not isinstance(content[key], list):
                 content[key] = [content[key]]

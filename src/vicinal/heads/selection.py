@@ -25,6 +25,10 @@ it near zero-shot, a ~ N(1, 1), b ~ N(0, 20^2), which decides where held-out row
 separable data. Where the terms gain less than one standard error (over classes) on zero-shot alone, their weights are
 0. Keys and statistics are made anew from the rest in each fold, and a row never meets a view of itself.
 
+With one image a class nothing can be held out, but the names have seen no image: a is fitted on the support set with
+the names alone, and the terms' default weights are divided by it. Names that say little then weigh little, and names that
+fit (a near 1) as much as ever.
+
 Letters: V held-out rows, C classes, T terms, P points, A values of the first weight, G of the second, K images a class.
 """
 
@@ -32,7 +36,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -252,7 +256,7 @@ def _by_likelihood(head: Searchable, support: Support, given: Mapping[str, float
     if support.classes < 2:
         return _instead(used, "there is one class, so every value is right")
     if not folds:
-        return _instead(used, "no class has two images, so none can be held out")
+        return _by_names(head, support, given, used)
     grid = {**head._grid(support, published=False), **{name: np.array([value]) for name, value in given.items()}}
     points = _points(head, grid)
     base, terms, labels = _held_out(head, support, folds, points)
@@ -288,6 +292,22 @@ def _by_likelihood(head: Searchable, support: Support, given: Mapping[str, float
         nll=float(nll.mean(dtype=np.float64)),
         candidates=len(points),
         labels=used.labels,
+    )
+
+
+def _by_names(head: Searchable, support: Support, given: Mapping[str, float], used: Selection) -> Selection:
+    """The defaults, their weights divided by a: the scale at which names alone make the support labels likeliest."""
+    why = "no class has two images, so none can be held out"
+    free = [name for name in head.linear if name not in given]
+    if support.text is None or not free:
+        return _instead(used, why)
+    base = head._base(support.frozen, support.text)
+    _, (scale,) = _likelihood(base[None], support.labels, None)
+    values = {name: value / float(scale) if name in free else value for name, value in used.values.items()}
+    return replace(
+        _instead(used, f"{why}; the weight of names is fitted to them, and the rest is default"),
+        values=values,
+        temperature=1 / float(scale),
     )
 
 
