@@ -26,8 +26,8 @@ separable data. Where the terms gain less than one standard error (over classes)
 0. Keys and statistics are made anew from the rest in each fold, and a row never meets a view of itself.
 
 With one image a class nothing can be held out, but the names have seen no image: a is fitted on the support set with
-the names alone, and the terms' default weights are divided by it. Names that say little then weigh little, and names that
-fit (a near 1) as much as ever.
+the names alone, and the terms' default weights are divided by it. Names that say little then weigh little, and names
+that fit (a near 1) as much as ever.
 
 Letters: V held-out rows, C classes, T terms, P points, A values of the first weight, G of the second, K images a class.
 """
