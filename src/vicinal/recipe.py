@@ -422,11 +422,26 @@ class Recipe(_Strict):
     embed_batch_size: Annotated[int, Field(ge=1)] = 128
     cache: str | None = "auto"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _watched(cls, content: Any) -> Any:  # noqa: ANN401  what a validator gets
+        """Images and texts are selected on by captions that find images; `full`, the protocol, may be left out."""
+        loss = content.get("loss") if isinstance(content, Mapping) else None
+        if not isinstance(loss, Mapping) or not CONTRASTIVE_LOSSES.keys() & loss.keys():
+            return content
+        ks = content.get("recall_at") or cls.model_fields["recall_at"].default
+        monitor = content.get("monitor", f"text_to_image_recall@{max(ks)}")
+        return {**content, "monitor": f"full/{monitor}" if "_to_" in monitor and "/" not in monitor else monitor}
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.augment not in AUGMENT:
             raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
         monitors = ["map@r", "r_precision", *(f"recall@{k}" for k in self.recall_at), "gap", "f1"]
+        if self.loss.chosen[0] in CONTRASTIVE_LOSSES:
+            words = [*(f"recall@{k}" for k in self.recall_at), "mrr"]
+            monitors += [f"full/{way}_{word}" for way in ("text_to_image", "image_to_text") for word in words]
+            monitors.append("full/mean_recall")
         if self.monitor not in monitors:
             raise ValueError(
                 f"monitor: {self.monitor!r} is not measured on validation{_nearest(self.monitor, monitors)}"

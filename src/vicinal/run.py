@@ -87,6 +87,7 @@ from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, clip_each, parameter_groups, warmup_cosine
 from vicinal.training.semantic_proxies import ACCUMULATORS, RowAdam, SemanticProxies
 from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
+from vicinal.watching import Watch, found_both_ways, some_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -337,7 +338,9 @@ def _train(
     optimizer = _optimizer(objective, recipe)
     teacher = objective.as_teacher if isinstance(objective, SelfDistillation) else nullcontext
     val = manifest.where(division.val)
-    selected = _can_select(val)
+    selected = _can_select(val, recipe)
+    locked = "image" in locked_towers(encoder)
+    watch = _watch(encoder, recipe, ground, val, locked, out) if isinstance(objective, ImageTextObjective) else None
 
     def validate() -> Metrics:
         with teacher():  # of self-distillation it is the teacher that is used in the end
@@ -355,7 +358,8 @@ def _train(
             final_decay=recipe.final_weight_decay,
         ),
         steps=steps,
-        evaluate=validate if selected else None,
+        evaluate=(watch or validate) if selected else None,
+        evaluated=None if watch is None else watch.write,
         evaluate_every=_evaluate_every(recipe, steps, len(sampler)),
         monitor=recipe.monitor,
         out=out,
@@ -778,7 +782,7 @@ def _transform(encoder: Encoder, recipe: Recipe) -> TrainTransform | MultiCrop:
 def _divide(manifest: Manifest, recipe: Recipe) -> Division:
     kind, settings = recipe.split.chosen
     division = divide(manifest, kind, **settings.model_dump())
-    if not _can_select(manifest.where(division.val)):
+    if not _can_select(manifest.where(division.val), recipe):
         if recipe.wise_ft == "auto":
             raise InputError(
                 "wise_ft: auto chooses on validation images, and this split keeps no two classes of two images for it; "
@@ -801,8 +805,17 @@ def _divide(manifest: Manifest, recipe: Recipe) -> Division:
     return division
 
 
-def _can_select(val: Manifest) -> bool:
-    """Two classes of two images: among those of one class every neighbour is right, a lone image has none."""
+def _can_select(val: Manifest, recipe: Recipe) -> bool:
+    """Two classes of two images: among those of one class every neighbour is right, a lone image has none.
+
+    Where captions find images, two classes with captions.
+    """
+    if recipe.monitor.startswith("full/"):
+        return len({label for label, told in zip(val.labels().tolist(), val.captions(), strict=True) if told}) >= 2
+    return _has_neighbours(val)
+
+
+def _has_neighbours(val: Manifest) -> bool:
     return int((torch.bincount(val.labels()) > 1).sum()) >= 2 if len(val) else False
 
 
@@ -1059,12 +1072,39 @@ def _evaluate_every(recipe: Recipe, steps: int, batches: int) -> int:
     return recipe.evaluate_every or max(1, math.ceil(steps / 5))
 
 
-def _validate(encoder: Encoder, val: Manifest, recipe: Recipe) -> Metrics:
-    """Retrieval, and how alike right and wrong pairs are: means, gap, best F1, equal error rate."""
-    embeddings = embed(
-        encoder, val, workers=recipe.workers, device=recipe.device, precision=recipe.precision, batch_size=128
+def _watch(encoder: Encoder, recipe: Recipe, ground: _Ground, val: Manifest, locked: bool, out: Path) -> Watch:
+    """Validation and as many of the training's images; of a locked image tower their vectors are known."""
+    division = ground.division
+    rows = division.train.clone()
+    rows[division.train] = some_of(ground.manifest.where(division.train), len(val))
+    some, untuned = ground.manifest.where(rows), ground.untuned
+
+    def train() -> Metrics:
+        images = untuned.where(rows) if locked else _quickly(encoder, some, recipe)
+        return found_both_ways(encoder, some, recipe, images)
+
+    def validation() -> Metrics:
+        return _validate(encoder, val, recipe, untuned.where(division.val) if locked else None)
+
+    return Watch(recipe, {"validation": (val, validation), "train": (some, train)}, out)
+
+
+def _quickly(encoder: Encoder, manifest: Manifest, recipe: Recipe) -> Embeddings:
+    """Vectors of an encoder as it is in the middle of a training: not worth keeping."""
+    return embed(
+        encoder, manifest, workers=recipe.workers, device=recipe.device, precision=recipe.precision, batch_size=128
     )
-    metrics = {**mean(retrieval_scores(embeddings, ks=tuple(recipe.recall_at)))}
+
+
+def _validate(encoder: Encoder, val: Manifest, recipe: Recipe, images: Embeddings | None = None) -> Metrics:
+    """Retrieval, and how alike right and wrong pairs are: means, gap, best F1, equal error rate; and by captions."""
+    embeddings = _quickly(encoder, val, recipe) if images is None else images
+    texts: Metrics = {}
+    if recipe.loss.chosen[0] in CONTRASTIVE_LOSSES:
+        texts = found_both_ways(encoder, val, recipe, embeddings) if any(val.captions()) else {}
+        if not _has_neighbours(val):
+            return texts
+    metrics = {**texts, **mean(retrieval_scores(embeddings, ks=tuple(recipe.recall_at)))}
     found = similarities(_some_classes(embeddings, PAIRED))
     return metrics | dict(verification(found, thresholds=(), rates=(), resamples=200))
 

@@ -79,6 +79,7 @@ def fit(
     steps: int,
     evaluate: Callable[[], Mapping[str, float | Estimate]] | None = None,
     evaluate_every: int = 500,
+    evaluated: Callable[[int], None] | None = None,
     monitor: str = "map@r",
     out: Path | None = None,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
@@ -111,6 +112,7 @@ def fit(
             weights were restored. Where it gives intervals, the last step is kept unless the best lies above its
             interval: the best of several noisy looks is often only the luckiest, and its learning rate was still high.
         evaluate_every: in steps.
+        evaluated: told the step after each evaluation that stands in the history, in the process that measured.
         monitor: the metric by which the best step is chosen and early stopping decides.
         out: the run folder, which gets `history.jsonl`, `checkpoints/` and the trackers' files. None: nothing is
             written, and the best weights are kept in memory.
@@ -168,6 +170,7 @@ def fit(
     accelerator = accelerator_for(device, precision, trackers, out)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     run = _Run(objective, optimizer, scheduler, accelerator, checkpoints, evaluate, monitor, ema, identity, dtype)
+    run.evaluated = evaluated
     if start_from is not None:
         run.restore(start_from)
     state, meter = run.state, run.meter
@@ -314,6 +317,7 @@ class _Run:
         self.meter = Meter(next(objective.parameters()).device)
         self.history = History(None)
         self.best: dict[str, Tensor] = {}
+        self.evaluated: Callable[[int], None] | None = None
         self.warned = False
         self.began = time.monotonic()
 
@@ -364,6 +368,8 @@ class _Run:
         with self._averaged():
             values, high = self._measured()
             self.history.add({"step": state.step, "val": values})
+            if self.evaluated is not None and self.accelerator.is_main_process:
+                self.evaluated(state.step)
             self.accelerator.log({f"val/{k}": v for k, v in values.items()}, step=state.step)
             value = values[self.monitor] if math.isfinite(values[self.monitor]) else -math.inf
             if state.best_step is None or value > state.best_value or (last and high >= state.best_value):
