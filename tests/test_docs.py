@@ -22,13 +22,14 @@ from vicinal.data.glyphs import CHARACTERS, FAMILIES, SCRIPTS, load_glyphs
 from vicinal.data.manifest import SPLIT_WORDS
 from vicinal.data.tables import COLUMNS, CORNER_AND_SIZE, CORNERS
 from vicinal.data.transforms import AUGMENT
+from vicinal.fewshot import Settings
 from vicinal.heads import HEADS
 from vicinal.models import backbones
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe, apply_override
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("choosing", "datasets", "install", "troubleshooting")
+NAMES = ("choosing", "datasets", "fewshot", "install", "troubleshooting")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = {name: FENCED.findall(page) for name, page in PAGES.items()}
@@ -43,7 +44,7 @@ def blocks(language: str) -> list[Any]:
 
 def test_the_blocks_are_found() -> None:
     languages = ("python", "yaml", "bash", "text")
-    assert [len(blocks(language)) for language in languages] == [3, 12, 12, 37]
+    assert [len(blocks(language)) for language in languages] == [3, 12, 13, 37]
     assert {kind for all_of in BLOCKS.values() for kind, _ in all_of} == {"", *languages}
 
 
@@ -70,10 +71,23 @@ def test_parts_of_recipes_in_the_text_are_recipes() -> None:
 
 def test_overrides_in_the_text_are_overrides() -> None:
     keys = "|".join(Recipe.model_fields)
-    found = [span for spans in SPANS.values() for span in spans if re.match(rf"({keys})[.\w]*=[^…\s]+", span)]
+    recipes = [spans for name, spans in SPANS.items() if name != "fewshot"]
+    found = [span for spans in recipes for span in spans if re.match(rf"({keys})[.\w]*=[^…\s]+", span)]
     assert len(found) >= 25
     for words in found:
         assert overridden(words.split()), words
+
+
+def test_settings_of_few_shots_are_settings() -> None:
+    keys = "|".join(Settings.model_fields)
+    found = [span for span in SPANS["fewshot"] if re.match(rf"({keys})=[^…]+", span)]
+    assert len(found) >= 10
+    together = {"policy=transfer": "transfer=x", "views_mode": "views=2", "shift": "source=x"}
+    for words in found:
+        more = [word for word, other in together.items() if words.startswith(word) and " " not in words]
+        content = [word for word in words.split() if "RUN" not in word] + [together[word] for word in more]
+        if "oracle_test" not in words:
+            assert Settings.parse(content), words
 
 
 def overridden(words: list[str], start: str = "") -> Recipe:
@@ -107,6 +121,8 @@ def test_commands_are_taken_by_their_programs(capsys: pytest.CaptureFixture[str]
             case ["vicinal", verb, *rest]:
                 command = known.commands[verb]
                 context = command.make_context(verb, list(rest))
+                if verb == "fewshot":
+                    assert Settings.parse([w for w in context.params["overrides"] if not w.startswith("out=")]), words
                 if verb == "train":
                     recipe = context.params["recipe"]
                     settings = [word for word in context.params["overrides"] if not word.startswith("out=")]
@@ -217,7 +233,8 @@ def test_every_augmentation_and_head_is_told() -> None:
 
 def test_figures_stand_in_the_log() -> None:
     log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
-    found = [figure for page in PROSE.values() for figure in re.findall(r"(?<![\d.])\.\d{3}\b", page)]
+    pages = [page for name, page in PROSE.items() if name != "fewshot"]  # it holds its tables and their commands itself
+    found = [figure for page in pages for figure in re.findall(r"(?<![\d.])\.\d{3}\b", page)]
     assert len(found) >= 35
     assert all(figure in log for figure in found), [figure for figure in found if figure not in log]
 
