@@ -218,7 +218,7 @@ def test_given_boxes_are_judged_by_hand(encoder: Encoder, data: Path) -> None:
     judged = judge(matcher_for(encoder, data), read_truth(data / "truth.csv"), boxes="given")
     names = [judged.classes[i] for i in judged.units.tolist()]
     assert names == list("".join(SCENES))
-    assert judged.objects == len(names) == 9
+    assert int(judged.objects.sum()) == len(names) == 9
     assert judged.enrolled.tolist() == [name != "Q" for name in names]
     assert judged.right.tolist() == judged.accepted.tolist() == judged.enrolled.tolist()
     metrics = measure(judged)
@@ -246,8 +246,8 @@ def test_found_boxes_are_judged_by_hand(encoder: Encoder, data: Path) -> None:
     )
     judged = judge(matcher_for(encoder, data, find, threshold=-1.0), read_truth(data / "truth.csv"), boxes="found")
     # three boxes a picture; a first letter in each of five, a third in one
-    assert judged.found[: judged.objects].tolist() == [True, False, True, False, True, True, False, True, True]
-    assert len(judged.found) - judged.objects == 5 * 3 - 6
+    assert judged.found[judged.objects].tolist() == [True, False, True, False, True, True, False, True, True]
+    assert int((~judged.objects).sum()) == 5 * 3 - 6
     metrics = measure(judged)
     assert metrics["box_recall"].value == pytest.approx(6 / 9)
     assert metrics["box_precision"].value == pytest.approx(6 / 15)
@@ -257,6 +257,24 @@ def test_found_boxes_are_judged_by_hand(encoder: Encoder, data: Path) -> None:
     assert metrics["fpir"].value == pytest.approx(10 / 11)  # nine boxes on nothing and two Q, of which one has no box
     with pytest.raises(InputError, match="not asked about the same boxes"):
         compare(judged, judge(matcher_for(encoder, data), read_truth(data / "truth.csv"), boxes="given"))
+
+
+def test_halves_enrolled_in_turn_are_one_judgement(encoder: Encoder, data: Path) -> None:
+    references = read_folder(data / "references")
+    truth = read_truth(data / "truth.csv")
+    halves = []
+    for half in ("AK", "MS"):
+        mine = references.where([label in half for label in references.column("label")]).compact()
+        matcher = ObjectMatcher(fixed(place(0)), embedding_model=encoder, references=mine, threshold=0.9, margin=0.0)
+        halves.append(judge(matcher, truth, boxes="found"))
+    both = Judged.together(*halves)
+    metrics = measure(both)
+    assert len(both.found) == sum(len(half.found) for half in halves)
+    assert metrics["box_recall"].value == measure(halves[0])["box_recall"].value == pytest.approx(5 / 9)
+    hits = sum(int((half.accepted & half.right).sum()) for half in halves)
+    assert metrics["recall"].value == pytest.approx(hits / 7)
+    with pytest.raises(ValueError, match="different pictures"):
+        Judged.together(halves[0], judge(matcher, truth.drawn(2, 0), boxes="given"))
 
 
 def test_an_object_takes_one_box_and_a_box_one_object(encoder: Encoder, data: Path) -> None:

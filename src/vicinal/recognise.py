@@ -353,7 +353,7 @@ class Judged:
         enrolled: "Q", whether the object's class has references; False for a box on nothing.
         units: "Q", the class of each, as a position in `classes`: what is resampled.
         found: "Q", whether the object has a box; of a box on nothing False.
-        objects: how many of Q are objects; boxes on nothing follow.
+        objects: "Q", whether it is an object; else a box on nothing.
         classes: the names of the units.
         pictures: how many there were.
         left_out: pictures that could not be read, with the reason; their objects are missed.
@@ -364,10 +364,31 @@ class Judged:
     enrolled: Bool[Tensor, "Q"]
     units: Int[Tensor, "Q"]
     found: Bool[Tensor, "Q"]
-    objects: int
+    objects: Bool[Tensor, "Q"]
     classes: tuple[str, ...]
     pictures: int
     left_out: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def together(cls, *parts: Judged) -> Judged:
+        """Several askings about the same pictures as one: with one half of the classes enrolled, then with the other.
+
+        Raises:
+            ValueError: they are of other pictures.
+        """
+        if len({(part.classes, part.pictures) for part in parts}) != 1:
+            raise ValueError("these are judgements of different pictures")
+        return cls(
+            accepted=torch.cat([part.accepted for part in parts]),
+            right=torch.cat([part.right for part in parts]),
+            enrolled=torch.cat([part.enrolled for part in parts]),
+            units=torch.cat([part.units for part in parts]),
+            found=torch.cat([part.found for part in parts]),
+            objects=torch.cat([part.objects for part in parts]),
+            classes=parts[0].classes,
+            pictures=parts[0].pictures,
+            left_out=parts[0].left_out,
+        )
 
 
 def judge(matcher: ObjectMatcher, truth: Scenes, *, boxes: Literal["found", "given"]) -> Judged:
@@ -420,7 +441,7 @@ def judge(matcher: ObjectMatcher, truth: Scenes, *, boxes: Literal["found", "giv
         enrolled=columns[2],
         units=columns[3],
         found=columns[4],
-        objects=len(rows),
+        objects=torch.arange(len(columns[0])) < len(rows),
         classes=classes,
         pictures=len(truth),
         left_out=tuple(matcher.skipped),
@@ -463,10 +484,9 @@ def measure(judged: Judged, *, resamples: int = 2000, seed: int = 0) -> Metrics:
     )
     hit = torch.where(judged.enrolled, (judged.accepted & judged.right).double(), torch.nan)
     macro = mean(PerQuery({"recall_macro": hit[None]}, judged.units, macro=True), resamples=resamples, seed=seed)
-    object_ = torch.arange(len(judged.found)) < judged.objects
     values = {
-        "box_recall": torch.where(object_, judged.found.double(), torch.nan)[None],
-        "box_precision": torch.where(object_ & ~judged.found, torch.nan, judged.found.double())[None],
+        "box_recall": torch.where(judged.objects, judged.found.double(), torch.nan)[None],
+        "box_precision": torch.where(judged.objects & ~judged.found, torch.nan, judged.found.double())[None],
     }
     return {**answers, **macro, **mean(PerQuery(values, judged.units), resamples=resamples, seed=seed)}
 
@@ -667,13 +687,13 @@ def measure_models(
         if out is not None and name == list(opened)[-1]:
             recognise(matcher, scenes, out)
     first = next(iter(judged["given"].values()))
-    there = int(first.enrolled.sum())
+    objects, there = int(first.objects.sum()), int(first.enrolled.sum())
     say(
-        f"{first.pictures:,} pictures, {first.objects:,} objects of {len(first.classes):,} classes; {there:,} have "
+        f"{first.pictures:,} pictures, {objects:,} objects of {len(first.classes):,} classes; {there:,} have "
         f"references; {settled['fusion']}, k {settled['k']}, margin {settled['margin']:g}"
         + (f"; {len(first.left_out):,} pictures could not be read" if first.left_out else "")
     )
-    results: dict[str, Any] = {"pictures": first.pictures, "objects": first.objects, "thresholds": limits}
+    results: dict[str, Any] = {"pictures": first.pictures, "objects": objects, "thresholds": limits}
     for way in ways:
         say("boxes given" if way == "given" else f"boxes by {settings.detector}")
         measured = {name: measure(one, seed=seed) for name, one in judged[way].items()}
