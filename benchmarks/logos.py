@@ -103,7 +103,7 @@ def training_table(data: Path, out: Path, *, develop: bool) -> Path:
 def recipe_of(data: Path, table: Path, overrides: list[str], seed: int) -> Recipe:
     weights = data / "weights" / "vit_tiny_patch16_224.safetensors"
     model = f"model=timm:vit_tiny_patch16_224@{weights}"
-    own = [f"data.table={table}", "data.on_error=raise", "split.official={}", model, f"seed={seed}"]
+    own = [f"data.table={table}", "data.on_error=raise", "split.official.val=0", model, f"seed={seed}"]
     return Recipe.load(ROOT / "recipes" / "logos_small.yaml", [*own, *overrides])
 
 
@@ -259,6 +259,8 @@ def main() -> None:
             run(recipe, folder, resume="last")
         elif Recipe.load(folder / "recipe.yaml") != recipe:
             raise SystemExit(f"{folder} is of another recipe; choose another --out")
+    if given.train_only:
+        return
     original = open_model(recipe_of(given.data, table, given.overrides, 0))
     content = measure(given.data, given.out, folders, original)
     (given.out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")

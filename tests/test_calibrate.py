@@ -168,7 +168,7 @@ def test_a_run_is_calibrated_on_its_validation_classes_and_never_on_those_it_was
 ) -> None:
     split = {"class_disjoint": {"holdout": 0.34, "seed": 1, "val": 0.5, "seen": 0.34}}
     out = run(recipe(data={"folder": str(photos)}, split=split), tmp_path / "run", say=lambda _: None)
-    words = ("calibrate", out, "--references", 2, "--device", "cpu", "--fusion", "max", "--baseline", "vicinal:nano")
+    words = ("calibrate", out, "--references", 2, "--device", "cpu", "--fusion", "max", "--baseline", "start")
     assert vicinal(monkeypatch, *words) == 0
     said = capsys.readouterr().out
     assert "fitted on 4 classes" in said
@@ -182,6 +182,11 @@ def test_a_run_is_calibrated_on_its_validation_classes_and_never_on_those_it_was
         rule = OpenSetThreshold.load(folder / "threshold.json")
         assert rule.fingerprint_ == encoder.fingerprint()
         assert rule.settings_["fusion"] == "max"
+    start = OpenSetThreshold.load(out / "calibration" / "threshold-baseline.json")
+    assert start.fingerprint_ != rule.fingerprint_
+    assert start.settings_ == rule.settings_
+    with pytest.raises(InputError, match="is no run folder; name a model"):
+        calibrate("vicinal:nano", photos, baseline="start", out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="4 of the 12 classes were trained on"):
         calibrate(out, photos, **FAST)
     bare = recipe(data={"folder": str(photos)}, split={"class_disjoint": {"holdout": 0.34, "seed": 1, "val": 0.0}})

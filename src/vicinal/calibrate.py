@@ -33,7 +33,7 @@ from vicinal.evaluation.thresholds import Shown, draw
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import _divide, bring, bring_path, open_uri
+from vicinal.run import _divide, bring, bring_path, open_model, open_uri
 from vicinal.serving.matching import Matcher, Trials
 from vicinal.serving.objects import THRESHOLD_NAME
 from vicinal.types import Embeddings, InputError, Metrics
@@ -175,7 +175,8 @@ def calibrate(
             --format logos`) says which are references; else they are drawn. None: what the run was trained with; its
             validation classes are fitted on, its unseen classes looked at.
         queries: other pictures, to be asked about; all of `source` are then references.
-        baseline: a model to compare with; a threshold of its own is fitted in the same way.
+        baseline: a model to compare with, or "start": what the run began with, under its own preprocessing. A
+            threshold of its own is fitted in the same way, and lies in `out` as `threshold-baseline.json`.
         rate: r, the share of unknown queries that may be accepted (FPIR). None: the best F1.
         gallery: N classes that will be enrolled; r is then fitted from scores of pairs, for so many. None: for as many
             as are enrolled here.
@@ -205,7 +206,7 @@ def calibrate(
     _refuse_trained(path, benches["fitted"])
     sides = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     found = {
-        name: _Side.of(open_uri(str(uri), size=size), benches, settings, rate, gallery, seed, device, resamples, say)
+        name: _Side.of(_opened(path, str(uri), size), benches, settings, rate, gallery, seed, device, resamples, say)
         for name, uri in sides.items()
     }
     own = found["model"]
@@ -216,6 +217,8 @@ def calibrate(
     own.write_scores(folder / "scores.csv")
     for line in _lines(found, content):
         say(line)
+    if "baseline" in found:
+        found["baseline"].rule.save(folder / "threshold-baseline.json", metrics=found["baseline"].intervals)
     about = {"references_per_class": _largest(benches["fitted"].references), "fitted": content["fitted"]}
     target = (path if path.is_dir() else folder) / THRESHOLD_NAME
     own.rule.save(target, metrics=own.intervals, about=about)
@@ -223,6 +226,14 @@ def calibrate(
         own.rule.save(path / "model" / THRESHOLD_NAME, metrics=own.intervals, about=about)
     say(f"threshold: {target}\nplots: {folder / 'calibration.png'}")
     return target
+
+
+def _opened(model: Path, uri: str, size: int | None) -> Encoder:
+    if uri != "start":
+        return open_uri(uri, size=size)
+    if not (model / "recipe.yaml").is_file():
+        raise InputError(f"baseline start is what a run began with, and {model} is no run folder; name a model")
+    return open_model(Recipe.load(model / "recipe.yaml"))
 
 
 # ---- what is compared

@@ -190,7 +190,9 @@ def calibrate(
     model: Annotated[str, typer.Argument(help="A run folder, or any model; `threshold.json` comes beside it.")],
     source: Annotated[Path | None, typer.Argument(help="Classes it was not trained on. None: the run's own.")] = None,
     queries: Annotated[Path | None, typer.Option(help="Pictures to ask about; SOURCE's are then references.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="A model to compare with, as before tuning.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A model to compare with; `start`: what the run began with.")
+    ] = None,
     rate: Annotated[float | None, typer.Option(help="Share of unknown queries accepted; else the best F1.")] = None,
     gallery: Annotated[int | None, typer.Option(help="Of the rate: how many classes will be enrolled.")] = None,
     fusion: Annotated[str, typer.Option(help="max, mean, topk or multi-ref.")] = "topk",
