@@ -210,6 +210,9 @@ def test_what_cannot_be_fitted(photos: Path, tmp_path: Path) -> None:
     table.write_text("image,label,split\n" + "".join(f"{p},x,train\n" for p in photos.glob("cross-03/*.png")))
     with pytest.raises(InputError, match="says val"):
         calibrate("vicinal:nano", table, out=tmp_path / "x", **FAST)
+    other = shutil.copytree(photos / "cross-03", tmp_path / "other" / "CROSS-03").parent
+    with pytest.raises(InputError, match="names must be equal"):
+        calibrate("vicinal:nano", photos, queries=other, out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="queries need references"):
         calibrate(tmp_path / "none", queries=photos, **FAST)
     assert not (tmp_path / "x" / "threshold.json").exists()

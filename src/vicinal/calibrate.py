@@ -63,12 +63,18 @@ class Bench:
         """Both with the classes that either has.
 
         Raises:
-            InputError: one of them is empty, or has no labels.
+            InputError: one of them is empty, or has no labels; no class of the queries has a reference.
         """
         for name, side in (("references", references), ("queries", queries)):
             if len(side) == 0 or not side.classes:
                 raise InputError(f"{name}: there is not one labelled picture; give some")
-        classes = sorted({*references.compact().classes, *queries.compact().classes})
+        given, asked = references.compact().classes, queries.compact().classes
+        if not set(given) & set(asked):
+            raise InputError(
+                f"none of the {len(asked)} classes asked about ({', '.join(asked[:3])}, …) has a reference; the references are "
+                f"of {', '.join(given[:3])}, …: names must be equal"
+            )
+        classes = sorted({*given, *asked})
         return cls(references.with_classes(classes), queries.with_classes(classes))
 
     @classmethod
