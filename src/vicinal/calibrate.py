@@ -71,8 +71,8 @@ class Bench:
         given, asked = references.compact().classes, queries.compact().classes
         if not set(given) & set(asked):
             raise InputError(
-                f"none of the {len(asked)} classes asked about ({', '.join(asked[:3])}, …) has a reference; the references are "
-                f"of {', '.join(given[:3])}, …: names must be equal"
+                f"none of the {len(asked)} classes asked about ({', '.join(asked[:3])}, …) has a reference; the "
+                f"references are of {', '.join(given[:3])}, …: names must be equal"
             )
         classes = sorted({*given, *asked})
         return cls(references.with_classes(classes), queries.with_classes(classes))
