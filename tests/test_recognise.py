@@ -370,6 +370,17 @@ def test_match_writes_a_folder(data: Path, tmp_path: Path) -> None:
     )
     assert "9 objects: 9 known" in table.output
     assert "no threshold" in table.output
+    for source in ("voc", "truth.json"):
+        again = CliRunner().invoke(
+            app,
+            ["match", str(data / source), *words[2:], "--margin", "0", "--out", str(tmp_path / "voc"), "--no-pictures"],
+        )
+        assert "9 objects: 9 known" in again.output, source
+    one = CliRunner().invoke(
+        app,
+        ["match", str(data / "scenes" / "shop" / "0.png"), *words[2:], "--out", str(tmp_path / "one"), "-t", "0.99"],
+    )
+    assert "1 pictures" in one.output
 
 
 def test_match_measures_models_on_the_truth(data: Path, tmp_path: Path, encoder: Encoder) -> None:
