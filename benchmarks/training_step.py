@@ -2,13 +2,18 @@
 
     python benchmarks/training_step.py                              # LoRA and full tuning, bf16 and fp32
     python benchmarks/training_step.py --methods lora --parts       # what each part of the gain is worth
+    python benchmarks/training_step.py --methods prompts proxies --memory
 
 The plain loop: timm's model with fused attention, peft's LoRA (rank 8, attention and MLP), torch.autocast, AdamW,
 clipping, the same ArcFace. Both take the same batches from memory (decoding is measured elsewhere), start from the same
 weights, and follow the same schedule; their last losses stand in the table, so that one sees it is the same training.
+With prompts, the plain loop concatenates them in front of each block and cuts them off behind it; with semantic
+proxies it runs the tower a second time, on the prompts of the images' classes, which are one parameter of AdamW, and a
+GRU written out. There the rows of classes that are absent move on in AdamW, so the losses part a little.
 
 A round runs each way once, in turning order; the ratio is the median over rounds of time(plain) / time(vicinal), its
-interval the 95 % percentile bootstrap over rounds. The first round warms up and is left out.
+interval the 95 % percentile bootstrap over rounds. The first round warms up and is left out. Time is that of the CPU.
+Memory is the peak above what is held before the first step, the batches included, each way in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,27 +23,34 @@ import copy
 import itertools
 import logging
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vicinal.losses import ArcFace
-from vicinal.models.adapters import Full, LoRA, adapt
+from vicinal.models.adapters import Full, LoRA, VisualPrompt, adapt
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.models.modules import FoldedLinear, plain_attention, prepare_for
 from vicinal.training.loop import fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
+from vicinal.training.semantic_proxies import RowAdam, SemanticProxies
 from vicinal.types import Batch
 
 CLASSES, BATCH, LR = 512, 64, 1e-3
+PROMPTS, CLASS_PROMPTS = 10, 3
+METHODS = {"lora": LoRA(rank=8), "full": Full(), "prompts": VisualPrompt(PROMPTS), "proxies": VisualPrompt(PROMPTS)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -53,16 +65,79 @@ def batches(size: int) -> list[Batch]:
     ]
 
 
-def plain_model(start: Encoder, size: int, method: str) -> nn.Module:
+class PlainPrompts(nn.Module):
+    """timm's ViT with prompts in front of each block, as one writes it."""
+
+    def __init__(self, model: nn.Module, prompts: list[Tensor]) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        self.prompts = nn.ParameterList(prompts)
+
+    def forward(self, images: Tensor, own: list[Tensor] | None = None) -> Tensor:
+        """The class token; `own` prompts are those of each image."""
+        x = self.model._pos_embed(self.model.patch_embed(images))
+        for block, prompt in zip(self.model.blocks, own or self.prompts, strict=True):
+            prompt = prompt if own else prompt.expand(len(x), -1, -1)
+            x = block(torch.cat([prompt.to(x.dtype), x], 1))[:, prompt.shape[1] :]
+        return self.model.norm(x)[:, 0]
+
+
+class PlainProxies(nn.Module):
+    """Semantic proxies as one writes them: the tower twice, class prompts as one parameter, a GRU, Proxy-Anchor."""
+
+    def __init__(self, tower: PlainPrompts, like: SemanticProxies) -> None:
+        super().__init__()
+        self.tower = tower
+        blocks = len(tower.prompts)
+        start = like.table.table[:, : like.table.numbers].view(CLASSES, blocks, CLASS_PROMPTS, -1)
+        self.class_prompts = nn.Parameter(start.clone())
+        self.gru = copy.deepcopy(like.accumulator)
+        self.learnt = nn.Parameter(like.criterion.weight.detach().clone())
+        self.known = like.stored.clone()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss."""
+        images, labels = batch["image"], batch["label"]
+        x = self.tower(images)
+        p = self.tower(images, list(self.class_prompts[labels].unbind(1)))
+        with torch.autocast("cpu", enabled=False):
+            known = self.known.clone()
+            for embedding, label in zip(nn.functional.normalize(p.float()), labels.tolist(), strict=True):
+                state, gru = known[label], self.gru
+                z, r, n = gru.input(embedding).chunk(3)
+                of_z, of_r, of_n = gru.hidden(state).chunk(3)
+                z, r = torch.sigmoid(z + of_z), torch.sigmoid(r + of_r)
+                state = z * state + (1 - z) * torch.relu(n + r * of_n)
+                known = known.index_put((torch.tensor(label),), state)
+            known = nn.functional.normalize(known)
+            proxies = nn.functional.normalize(0.5 * self.learnt + 0.5 * known)
+            cosine = nn.functional.normalize(x.float()) @ proxies.T
+            own = nn.functional.one_hot(labels, CLASSES).bool()
+            pull = torch.where(own, torch.exp(-32 * (cosine - 0.1)), 0).sum(0)
+            push = torch.where(own, 0, torch.exp(32 * (cosine + 0.1))).sum(0)
+            loss = torch.log1p(pull).sum() / own.any(0).sum() + torch.log1p(push).mean()
+        self.known = known.detach()
+        return loss
+
+
+def plain_model(start: Encoder, size: int, method: str, adapted: Encoder) -> nn.Module:
     """What one writes by hand: timm and peft."""
     from peft import LoraConfig, get_peft_model
 
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=size)
     model.load_state_dict(start.model.state_dict())
+    if method in ("prompts", "proxies"):
+        tower = PlainPrompts(model, [nn.Parameter(p.detach().clone()) for p in adapted.prompts.tokens])
+        return tower if method == "prompts" else PlainProxies(tower, semantic_proxies(adapted))
     if method == "lora":
         targets = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
         model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets))
     return model
+
+
+def semantic_proxies(encoder: Encoder) -> SemanticProxies:
+    torch.manual_seed(2)
+    return SemanticProxies(encoder, CLASSES, VisualPrompt(CLASS_PROMPTS))
 
 
 def class_loss() -> ArcFace:
@@ -85,8 +160,10 @@ def plain_loop(
     with within:
         for _, batch in zip(range(steps), itertools.cycle(data), strict=False):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                embeddings = model(batch["image"])
-                loss = criterion(embeddings, batch["label"])
+                if isinstance(model, PlainProxies):
+                    loss = model(batch)
+                else:
+                    loss = criterion(model(batch["image"]), batch["label"])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([*encoder, *criterion.parameters()], 1.0)
@@ -95,9 +172,12 @@ def plain_loop(
     return float(loss.detach())
 
 
-def vicinal_loop(encoder: Encoder, data: list[Batch], steps: int, precision: str) -> float:
-    objective = LabelObjective(encoder, class_loss())
-    optimizer = build_optimizer("adamw", parameter_groups(objective, lr=LR, weight_decay=0.0))
+def vicinal_loop(encoder: Encoder, data: list[Batch], steps: int, precision: str, method: str) -> float:
+    objective = semantic_proxies(encoder) if method == "proxies" else LabelObjective(encoder, class_loss())
+    rates = {"lr": LR, "loss_lr": LR if method == "proxies" else 10 * LR}
+    optimizer = build_optimizer("adamw", parameter_groups(objective, **rates, weight_decay=0.0))
+    if isinstance(objective, SemanticProxies):
+        optimizer = RowAdam(optimizer, objective.table, lr=LR)
 
     def stream(start_step: int) -> Iterator[Batch]:
         return itertools.islice(itertools.cycle(data), start_step, None)
@@ -127,8 +207,9 @@ def ways(
     start: Encoder, size: int, method: str, precision: str, steps: int, parts: bool
 ) -> dict[str, Callable[[], float]]:
     data = batches(size)
-    model = plain_model(start, size, method)
-    adapted = adapt(start, LoRA(rank=8) if method == "lora" else Full())
+    torch.manual_seed(3)
+    adapted = adapt(start, METHODS[method])
+    model = plain_model(start, size, method, adapted)
 
     def alone(within: Callable[[Encoder], AbstractContextManager[object]]) -> Callable[[], float]:
         def run() -> float:
@@ -139,7 +220,7 @@ def ways(
 
     found = {
         "plain": lambda: plain_loop(copy.deepcopy(model), data, steps, precision, nullcontext()),
-        "vicinal": lambda: vicinal_loop(copy.deepcopy(adapted), data, steps, precision),
+        "vicinal": lambda: vicinal_loop(copy.deepcopy(adapted), data, steps, precision, method),
     }
     if parts:
         found["plain attention alone"] = alone(lambda encoder: plain_attention(encoder, True))
@@ -153,11 +234,26 @@ def measure(found: dict[str, Callable[[], float]], rounds: int) -> tuple[dict[st
     losses: dict[str, float] = {}
     for turn in range(rounds + 1):
         for name in list(found) if turn % 2 else reversed(list(found)):
-            began = time.perf_counter()
+            began = time.process_time()
             losses[name] = found[name]()
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - began)
     return seconds, losses
+
+
+def peak(way: str, size: int, method: str, precision: str) -> float:
+    """MB above what is held before the first step, in the process that calls this."""
+    torch.manual_seed(0)
+    start = load_encoder("timm:vit_tiny_patch16_224", size=size, random_init=True)
+    step = ways(start, size, method, precision, 2, False)[way]
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - pages * resource.getpagesize() / 1e6
+
+
+def peak_apart(way: str, size: int, method: str, precision: str, threads: int) -> float:
+    command = [sys.executable, __file__, "--threads", str(threads), "--peak", way, str(size), method, precision]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def ratio(plain: list[float], other: list[float]) -> tuple[float, float, float]:
@@ -169,20 +265,26 @@ def ratio(plain: list[float], other: list[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "full"], choices=list(METHODS))
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"], choices=list(DTYPES))
     parser.add_argument("--sizes", nargs="+", type=int, default=[112, 224])
     parser.add_argument("--steps", type=int, default=4, help="in a round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--parts", action="store_true", help="measure each part of the gain too")
+    parser.add_argument("--memory", action="store_true", help="measure the peak of memory too")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.getLogger("vicinal.training").setLevel(logging.ERROR)  # random weights see noise all alike: a collapse
+    if arguments.peak:
+        way, size, method, precision = arguments.peak
+        print(peak(way, int(size), method, precision))
+        return
     print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}")
     print(f"batch {BATCH}, {arguments.steps} steps a round, {arguments.rounds} rounds")
-    print("| method | px | precision | way | ms a step | times the plain loop's speed | last loss |")
-    print("|---|---|---|---|---|---|---|")
+    print("| method | px | precision | way | ms a step | times the plain loop's speed | last loss | peak MB |")
+    print("|---|---|---|---|---|---|---|---|")
     for size, method, precision in itertools.product(arguments.sizes, arguments.methods, arguments.precisions):
         torch.manual_seed(0)
         start = load_encoder("timm:vit_tiny_patch16_224", size=size, random_init=True)
@@ -192,7 +294,9 @@ def main() -> None:
             value, low, high = ratio(seconds["plain"], taken)
             speed = "" if name == "plain" else f"{value:.2f} [{low:.2f}, {high:.2f}]"
             milliseconds = 1000 * statistics.median(taken) / arguments.steps
-            row = (method, size, precision, name, f"{milliseconds:.0f}", speed, f"{losses[name]:.3f}")
+            measured = arguments.memory and name in ("plain", "vicinal")
+            memory = f"{peak_apart(name, size, method, precision, arguments.threads):.0f}" if measured else ""
+            row = (method, size, precision, name, f"{milliseconds:.0f}", speed, f"{losses[name]:.3f}", memory)
             print("|", " | ".join(str(cell) for cell in row), "|", flush=True)
 
 
