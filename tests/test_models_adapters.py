@@ -564,13 +564,16 @@ def test_check_needs_few_forward_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks a model of transformers
+@pytest.mark.parametrize("more", [(), (BitFit(),)], ids=["lora", "lora and bitfit"])
 @pytest.mark.parametrize("family", ["timm", "transformers"])
-def test_peft_reads_what_is_saved(encoders: dict[str, Encoder], family: str, tmp_path: Path) -> None:
+def test_peft_reads_what_is_saved(
+    encoders: dict[str, Encoder], family: str, more: tuple[BitFit, ...], tmp_path: Path
+) -> None:
     from peft import PeftModel
 
     encoder = encoders[family]
     adapted = adapt(
-        encoder, LoRA(rank=4, targets=("attention",)), LoRA(rank=2, alpha=2.0, targets=("mlp",), first_block=1)
+        encoder, LoRA(rank=4, targets=("attention",)), LoRA(rank=2, alpha=2.0, targets=("mlp",), first_block=1), *more
     )
     disturb(trainable(adapted))
     folder = save_peft(adapted, tmp_path / "adapter")
@@ -587,6 +590,7 @@ def test_peft_reads_what_is_saved(encoders: dict[str, Encoder], family: str, tmp
     torch.testing.assert_close(plain(images()), adapted(images()), rtol=0, atol=1e-6)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
+    assert config["bias"] == ("all" if more else "none")
     assert config["inference_mode"] is True
     names = {name for name, module in adapted.model.named_modules() if hasattr(module, "lora_A")}
     assert set(config["target_modules"]) == names
@@ -609,10 +613,11 @@ def test_peft_layout_of_the_text_tower_of_open_clip(encoders: dict[str, Encoder]
 
 def test_peft_layout_refuses_what_it_cannot_hold(encoders: dict[str, Encoder], tmp_path: Path) -> None:
     for encoder, methods, message in (
-        (encoders["timm"], (LoRA(), LinearHead(8)), "holds lora alone, here is .*LinearHead"),
-        (encoders["timm"], (LoRA(), VisualPrompt()), "holds lora alone, here is .*VisualPrompt"),
-        (encoders["timm"], (Bottleneck(), LoRA()), "holds lora alone, here is .*Bottleneck"),
-        (encoders["timm"], (), "holds lora alone, here is no adapter"),
+        (encoders["timm"], (LoRA(), LinearHead(8)), "holds lora and bitfit alone, here is .*LinearHead"),
+        (encoders["timm"], (LoRA(), VisualPrompt()), "holds lora and bitfit alone, here is .*VisualPrompt"),
+        (encoders["timm"], (Bottleneck(), LoRA()), "holds lora and bitfit alone, here is .*Bottleneck"),
+        (encoders["timm"], (), "holds lora and bitfit alone, here is no lora"),
+        (encoders["timm"], (BitFit(),), "here is no lora"),
         (encoders["open_clip"], (LoRA(),), "one fused layer"),
         (
             encoders["timm"],

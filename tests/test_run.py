@@ -147,6 +147,20 @@ def test_pair_losses_run(photos: Path, tmp_path: Path, loss: str, memory: int | 
     run(settings, tmp_path / "run", say=lambda _: None)
 
 
+def test_classes_that_are_too_small_for_a_batch_are_counted(tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos")
+    trained = run(recipe(data={"folder": str(photos)}), tmp_path / "first", say=lambda _: None)
+    names = json.loads((trained / "results.json").read_text())["data"]["trained_on"]
+    kept = sorted((photos / names[0]).iterdir())
+    for gone in kept[1:]:
+        gone.unlink()
+    told: list[str] = []
+    settings = recipe(data={"folder": str(photos)}, sampler={"pk": {"classes": 3, "images_per_class": 2}})
+    out = run(settings, tmp_path / "second", say=told.append)
+    assert json.loads((out / "results.json").read_text())["training"]["sampler"] == {"too_small": 1, "single": 1}
+    assert "sampler: 1 classes have fewer images than a batch takes of each, 1 of them one" in told
+
+
 @pytest.mark.parametrize("loss", ["proxy_anchor", "proxy_nca"])
 def test_proxy_losses_run_on_hard_classes(photos: Path, tmp_path: Path, loss: str) -> None:
     sampler = {"hard_class": {"classes": 3, "images_per_class": 2, "neighbours": 4}}

@@ -38,8 +38,19 @@ def told() -> list[str]:
 
 @pytest.fixture(scope="module")
 def finished(common: dict[str, object], told: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    settings = recipe(**common, seeds=2)
+    settings = recipe(**common, seeds=2, also=["map@r_legacy", "nmi"])
     return run(settings, tmp_path_factory.mktemp("runs") / "two", say=told.append)
+
+
+def test_what_serves_to_compare_with_tables_is_measured_where_it_is_asked_for(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    for side in ("before", "after"):
+        metrics = results[side]["unseen"]
+        assert 0 < metrics["map@r_legacy"]["value"] < metrics["map@r"]["value"]
+    assert set(results["nmi"]["before"]) == set(results["before"])
+    assert len(results["nmi"]["after"]) == 2
+    assert all(0 <= one["unseen"] <= 1 for one in results["nmi"]["after"])
+    assert "MAP@R" in (finished / "report.html").read_text()
 
 
 def test_what_is_common_is_done_once_and_the_test_half_is_measured_last(finished: Path, told: list[str]) -> None:

@@ -413,6 +413,7 @@ class Recipe(_Strict):
     shots: list[Annotated[int, Field(ge=1)]] = [1, 3, 10]
     draws: Annotated[int, Field(ge=1)] = 20
     recall_at: list[Annotated[int, Field(ge=1)]] = [1, 5, 10]
+    also: list[Literal["map@r_legacy", "nmi"]] = []
     templates: Annotated[list[str], Field(min_length=1)] = ["{}"]
 
     seed: int = 42

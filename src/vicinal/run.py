@@ -41,7 +41,7 @@ from vicinal.data.transforms import MultiCrop, TrainTransform, multi_crop, train
 from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
 from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
 from vicinal.evaluation.intervals import mean
-from vicinal.evaluation.metrics import class_neighbours, topk
+from vicinal.evaluation.metrics import class_neighbours, nmi, topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
 from vicinal.evaluation.scores import differences, estimates, load_scores, plain, save_scores
@@ -169,6 +169,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         trained[folder] = _train(ground, own, folder, own_resume(recipe, folder, resume), say, processes)
 
     measured: list[dict[str, list[PerQuery]]] = []
+    clusters: list[dict[str, float]] = []
     for folder in trained:  # the test half, once for each training, after all of them
         tuned = load_encoder(str(folder / "model"))
         after = _embed(tuned, manifest.where(needed), recipe, "after", say, processes) if parts else before
@@ -176,6 +177,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         if not processes.main:
             continue
         measured.append(measure(after, parts, recipe, ground.texts(tuned, recipe)) | others)
+        clusters.append(_clusters(after, parts, recipe))
         if lost is not None:
             lost.ask(tuned)
         if len(measured) == 1:
@@ -220,6 +222,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     }
     if recipe.seeds > 1:
         results["seeds"] = seed_rows([own.seed for own in folders.values()], facts, measured)
+    if "nmi" in recipe.also:
+        results["nmi"] = {"before": _clusters(before, parts, recipe), "after": clusters}
     if lost is not None:
         results["probe"] = {side: plain(found) for side, found in lost.metrics().items()}
         save_scores(lost.scores(), out / "scores" / "probe.safetensors")
@@ -312,6 +316,10 @@ def _train(
     sampler = _sampler(train, untuned, recipe)
     if (size := sampler.batch_size) % processes.count:
         raise InputError(f"a batch of {size} cannot be shared evenly by {processes.count} processes: change sampler")
+    small = _small_classes(sampler)
+    if small:
+        less = f"{small['too_small']:,} classes have fewer images than a batch takes of each"
+        say(f"sampler: {less}, {small['single']:,} of them one")
     objective = _objective(encoder, original, train, untuned, sampler, recipe, out)
     counts["aside"] = _trained_aside(objective)
     kept = _locked(encoder, train, untuned, recipe, say)
@@ -381,6 +389,7 @@ def _train(
     if isinstance(objective, SelfDistillation):
         objective.keep_teacher()
     between: dict[str, Any] = {"wise_ft": {"weight": 1.0, "curve": []}, "towers_not_run": list(kept.names)}
+    between |= {"sampler": small} if small else {}
     if processes.main:
         chosen = _interpolated(original, encoder.cpu(), val, recipe, ground.probe, say)
         chosen.encoder.save(out / "model")
@@ -512,6 +521,7 @@ def measure(
                 queries,
                 embeddings.where(part.gallery) if part.gallery is not None else None,
                 ks=tuple(recipe.recall_at),
+                legacy="map@r_legacy" in recipe.also,
             ),
             prototype_scores(
                 queries, catalog, shots=tuple(recipe.shots), draws=recipe.draws, seed=recipe.seed, fallback=fallback
@@ -520,6 +530,12 @@ def measure(
         if texts is not None:
             scores[name] += texts.scores(queries, part.queries, tuple(recipe.recall_at))
     return scores
+
+
+def _clusters(embeddings: Embeddings, parts: Mapping[str, Part], recipe: Recipe) -> dict[str, float]:
+    """NMI of each part, where the recipe asks for it: one number of all queries, so without an interval."""
+    asked = {name: embeddings.where(part.queries) for name, part in parts.items() if "nmi" in recipe.also}
+    return {name: nmi(queries.vectors, queries.labels) for name, queries in asked.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -1035,6 +1051,13 @@ def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> Batches:
                     f"sampler.shuffle.batch_size={len(train)} or less"
                 )
             return ShuffleSampler(len(train), min(size, len(train)), seed=recipe.seed)
+
+
+def _small_classes(sampler: Batches) -> dict[str, int]:
+    """Classes whose images repeat within a batch; nothing where there are none, or batches are not made by class."""
+    if not isinstance(sampler, PKSampler | HardClassSampler) or not sampler.repeated:
+        return {}
+    return {"too_small": sampler.repeated, "single": sampler.singles}
 
 
 def _alike(train: Manifest, by: Sequence[str]) -> list[list[tuple[str, Any]]]:

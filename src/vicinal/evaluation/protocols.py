@@ -39,7 +39,7 @@ __all__ = ["prototype_scores", "prototypes", "retrieval", "retrieval_scores"]
 
 
 def retrieval_scores(
-    query: Embeddings, gallery: Embeddings | None = None, *, ks: Sequence[int] = (1, 5, 10)
+    query: Embeddings, gallery: Embeddings | None = None, *, ks: Sequence[int] = (1, 5, 10), legacy: bool = False
 ) -> PerQuery:
     """recall@k, map@r and r_precision of each query: among all the other queries, or in a gallery.
 
@@ -50,6 +50,7 @@ def retrieval_scores(
         gallery: what is searched; None leaves each query out in turn and searches the rest. The query itself is left
             out by its row, never by its rank, so exact duplicates of it are found.
         ks: the k of recall@k.
+        legacy: give map@r_legacy too, which serves to compare with tables that were made by it.
 
     Returns:
         Values "1 Q", NaN for a query that nothing in the gallery matches. Units are the classes.
@@ -70,7 +71,9 @@ def retrieval_scores(
         _check(gallery, "gallery")
         _check_apart(query, gallery, "gallery")
         side, exclude = gallery, None
-    values = retrieval_values(query.vectors, query.labels, side.vectors, side.labels, ks=ks, exclude=exclude)
+    values = retrieval_values(
+        query.vectors, query.labels, side.vectors, side.labels, ks=ks, exclude=exclude, legacy=legacy
+    )
     return PerQuery({name: value[None] for name, value in values.items()}, query.labels)
 
 

@@ -9,7 +9,7 @@ from typing import TypeGuard
 __all__ = ["PARTS", "as_change", "as_number", "as_text", "counted", "known", "metric_name", "part_order"]
 
 PARTS = ("unseen", "seen", "joint", "all")
-METRIC_NAMES = {"map@r": "MAP@R", "r_precision": "R-precision", "mrr": "MRR"}
+METRIC_NAMES = {"map@r": "MAP@R", "map@r_legacy": "MAP@R, legacy", "r_precision": "R-precision", "mrr": "MRR"}
 WAYS = {"image_to_text_": "Image to text", "text_to_image_": "Text to image"}
 
 

@@ -356,13 +356,13 @@ def _layer(name: str) -> str:
 
 
 def save_peft(encoder: Encoder, folder: str | Path) -> Path:
-    """Write the low-rank updates alone, in peft's layout: adapter_config.json and adapter_model.safetensors.
+    """Write the low-rank updates, and trained biases, in peft's layout: adapter_config.json, adapter_model.safetensors.
 
     `peft.PeftModel.from_pretrained(model, folder)` puts them on the plain timm or transformers model (or on the MLPs of
     an open_clip one).
 
     Args:
-        encoder: adapted by `LoRA` alone, once or more.
+        encoder: adapted by `LoRA`, once or more, and perhaps by `BitFit`, which peft knows as `bias="all"`.
         folder: made if it is not there.
 
     Raises:
@@ -373,12 +373,12 @@ def save_peft(encoder: Encoder, folder: str | Path) -> Path:
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
-    other = [method for method in encoder.adapters if not isinstance(method, LoRA)]
-    if other or not encoder.adapters:
-        raise InputError(
-            f"peft's layout holds lora alone, here is {other or 'no adapter'}; save `merge(encoder)` instead"
-        )
-    if len({method.dropout for method in encoder.adapters}) > 1:
+    low_rank = [method for method in encoder.adapters if isinstance(method, LoRA)]
+    other = [method for method in encoder.adapters if not isinstance(method, LoRA | BitFit)]
+    if other or not low_rank:
+        found = other or "no lora"
+        raise InputError(f"peft's layout holds lora and bitfit alone, here is {found}; save `merge(encoder)` instead")
+    if len({method.dropout for method in low_rank}) > 1:
         raise InputError("peft's layout holds one dropout for all layers; save `merge(encoder)` instead")
     model = encoder.model
     if any(isinstance(module, SplitAttention) for module in model.modules()):
@@ -394,12 +394,16 @@ def save_peft(encoder: Encoder, folder: str | Path) -> Path:
     suffixes = tuple(f".{name}" for name in names)
     if any(name.endswith(suffixes) for name, _ in model.named_modules()):  # peft takes a list as suffixes
         names = "|".join(re.escape(name) for name in names)
+    biases = {}
+    if len(low_rank) < len(encoder.adapters):
+        biases = {name: p for name, p in model.named_parameters() if p.dim() == 1 and name.endswith("bias")}
     config = LoraConfig(
         base_model_name_or_path=encoder.source,
         inference_mode=True,
         r=rank,
         lora_alpha=alpha,
-        lora_dropout=encoder.adapters[0].dropout,
+        lora_dropout=low_rank[0].dropout,
+        bias="all" if biases else "none",
         target_modules=names,
         rank_pattern={name: value for name, value in ranks.items() if value != rank},
         alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
@@ -407,7 +411,7 @@ def save_peft(encoder: Encoder, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    tensors = {}
+    tensors = {f"base_model.model.{name}": bias.detach().cpu().contiguous() for name, bias in biases.items()}
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
             (linear,) = getattr(layer, part).values()

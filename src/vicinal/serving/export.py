@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from vicinal.data.transforms import eval_transform
 from vicinal.heads.calibration import OpenSetThreshold
-from vicinal.models.adapters import merge, save_peft
+from vicinal.models.adapters import BitFit, merge, save_peft
 from vicinal.models.encoder import Encoder, Tokenizer
 from vicinal.models.modules import put
 from vicinal.models.tokenizers import MissingTokenizer, OpenClipTokenizer, TransformersTokenizer
@@ -514,6 +514,11 @@ def _without_updates(own: Encoder) -> nn.Module:
     for name, module in list(model.named_modules()):
         if hasattr(module, "lora_A"):  # peft's layers
             put(model, name, cast(nn.Module, module.base_layer))
+    if any(isinstance(method, BitFit) for method in own.adapters):
+        with torch.no_grad():  # what they were is not known here; none at all shows whether the adapter brings its own
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 and name.endswith("bias"):
+                    parameter.zero_()
     return model
 
 
