@@ -205,26 +205,34 @@ def test_sampled_candidates_are_one_relevant_and_a_hundred_of_one_kind_that_are_
 ):
     images, texts, captions = clustered(1, items=150)
     kinds = [k % 2 for k in range(150)]
-    taken: list[tuple[np.ndarray, int]] = []
-    plain = module._drawn
+    taken = 0
+    plain = module._candidates
 
-    def watched(rows: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-        drawn = plain(rows, most, generator)
-        taken.append((drawn, most))
-        return drawn
+    def watched(wanted: torch.Tensor, alike: torch.Tensor, generator: np.random.Generator) -> tuple[torch.Tensor, ...]:
+        nonlocal taken
+        good, bad, there = plain(wanted, alike, generator)
+        assert wanted.gather(1, good[:, None]).all()
+        assert there.all()
+        assert bad.shape == (len(wanted), 100)
+        assert not wanted.gather(1, bad).any()
+        assert alike.gather(1, bad).all()  # there are more of each kind
+        assert all(len(set(row)) == 100 for row in bad.tolist())
+        taken += len(wanted)
+        return good, bad, there
 
-    monkeypatch.setattr(module, "_drawn", watched)
+    monkeypatch.setattr(module, "_candidates", watched)
+    monkeypatch.setattr(module, "BLOCK_BYTES", 8 * 101 * 8 * 7)  # several blocks
     found = image_text_scores(images, texts, captions=captions, protocol="sampled100", kinds=kinds, most=20, draws=3)
+    assert taken == 2 * 3 * 20
     assert found.values["sampled100/image_to_text_rank"].shape == (3, 450 + len(set(captions)))
     counted = (~found.values["sampled100/image_to_text_rank"].isnan()).sum(1)
     assert counted.tolist() == [20, 20, 20]
-    assert len(taken) == 2 * 2 * 3 * 20
-    for (alike, _), (rest, wanted) in zip(taken[::2], taken[1::2], strict=True):
-        assert len(alike) == 100  # there are more of each kind
-        assert len(rest) == wanted == 0
-        assert len(set(alike.tolist())) == 100
     rank = found.values["sampled100/image_to_text_rank"]
     assert float(rank[~rank.isnan()].max()) <= 101
+    monkeypatch.undo()
+    whole = image_text_scores(images, texts, captions=captions, protocol="sampled100", kinds=kinds, most=20, draws=3)
+    for name, values in found.values.items():
+        assert torch.equal(values.nan_to_num(-1), whole.values[name].nan_to_num(-1)), "blocks make no difference"
 
 
 def test_sampled_is_full_where_there_are_no_more_than_a_hundred_others():

@@ -45,7 +45,8 @@ def test_a_run_on_captions(tmp_path: Path, loss: str) -> None:
     for side in ("before", "after", "difference"):
         assert {"accuracy@0shot", "full/text_to_image_recall@1", "map@r"} <= set(results[side]["unseen"])
     assert results["after"]["unseen"]["accuracy@0shot"]["n"] == 4
-    assert not any(name.endswith("_rank") for name in results["after"]["unseen"])
+    assert results["after"]["unseen"]["full/text_to_image_median_rank"]["value"] >= 1
+    assert not any(name.endswith("_rank") for name in results["difference"]["unseen"]), "less is more"
     row = json.loads((out / "history.jsonl").read_text().splitlines()[-2])
     assert row["scale"] > 0
     assert ("bias" in row) == (loss == "siglip")
@@ -151,3 +152,44 @@ def test_batches_that_cannot_be_filled_are_refused(tmp_path: Path) -> None:
     for number, (message, sampler) in enumerate(cases.items()):
         with pytest.raises(InputError, match=message):
             run(recipe(sampler=sampler), tmp_path / str(number), say=lambda _: None)
+
+
+def test_protocols_stand_in_every_metrics_name_and_captions_may_all_count(tmp_path: Path) -> None:
+    """Three protocols of one run; asked with all captions there are more queries than with the first of each."""
+    settings = recipe(
+        protocols=["full", "sampled100", "index"], kinds="script", captions={"measured": "all"}, steps=1, seeds=2
+    )
+    out = run(settings, tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    found = results["after"]["unseen"]
+    for protocol in ("full", "sampled100", "index"):
+        for way in ("image_to_text", "text_to_image"):
+            names = {f"{protocol}/{way}_{m}" for m in ("recall@1", "recall@5", "recall@10", "mrr", "median_rank")}
+            assert names <= set(found)
+    assert found["index/image_to_text_recall_ceiling@1"]["value"] < 1
+    images = found["full/image_to_text_mrr"]["queries"]
+    assert found["index/text_to_image_mrr"]["queries"] == images, "one text an image"
+    first = run(recipe(steps=1), tmp_path / "first", say=lambda _: None)
+    once = json.loads((first / "results.json").read_text())["after"]["unseen"]
+    assert found["full/text_to_image_mrr"]["queries"] > once["full/text_to_image_mrr"]["queries"]
+    page = (out / "report.html").read_text()
+    assert "Image to text Median rank, full: " in page
+    assert "Of a rank, less is better" in page
+    with pytest.raises(InputError, match="kinds: no column 'colour'"):
+        run(recipe(protocols=["sampled100"], kinds="colour", steps=1), tmp_path / "wrong", say=lambda _: None)
+
+
+def test_trained_on_the_first_caption_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vicinal.run as room
+
+    seen: dict[str, set[str]] = {}
+    plain = room.train_batches
+
+    def spy(train: Any, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401  as the loader has them
+        seen[which] = {caption for told in train.captions() for caption in told}
+        return plain(train, *arguments, **named)
+
+    monkeypatch.setattr(room, "train_batches", spy)
+    for which in ("any", "first"):
+        run(recipe(captions={"trained": which}, steps=1), tmp_path / which, say=lambda _: None)
+    assert seen["first"] < seen["any"]

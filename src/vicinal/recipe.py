@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from vicinal.data.glyphs import Portion
 from vicinal.data.manifest import Manifest
 from vicinal.data.transforms import AUGMENT
+from vicinal.evaluation.image_text import Protocol
 from vicinal.losses import CONTRASTIVE_LOSSES, LINEAR_LOSSES, PAIR_LOSSES, PROXY_LOSSES
 from vicinal.models.adapters import ADAPTERS, VisualPrompt
 from vicinal.models.text_tower import TextTower
@@ -165,6 +166,16 @@ class Data(_Strict):
     def source(self) -> tuple[str, Any]:
         """The chosen source's name and its value."""
         return next((name, value) for name in ONE_OF["data"] if (value := getattr(self, name)) is not None)
+
+
+class Captions(_Strict):
+    """Which captions of an item count, where it has several: `text` is the first, those of `captions` follow.
+
+    `trained: any` draws one at each look; `measured: all` lets every one ask, and be found.
+    """
+
+    trained: Literal["any", "first"] = "any"
+    measured: Literal["first", "all"] = "first"
 
 
 class Probe(_Strict):
@@ -415,6 +426,9 @@ class Recipe(_Strict):
     recall_at: list[Annotated[int, Field(ge=1)]] = [1, 5, 10]
     also: list[Literal["map@r_legacy", "nmi"]] = []
     templates: Annotated[list[str], Field(min_length=1)] = ["{}"]
+    captions: Captions = Captions()
+    protocols: Annotated[list[Protocol], Field(min_length=1)] = ["full"]
+    kinds: str | None = None
 
     seed: int = 42
     seeds: Annotated[int, Field(ge=1)] = 1

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vicinal.data.benchmarks import load_benchmark
@@ -38,8 +37,7 @@ from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSample
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_open_images, read_shards, read_table, read_voc
 from vicinal.data.splits import official
 from vicinal.data.transforms import MultiCrop, TrainTransform, multi_crop, train_transform
-from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_classes, embed_text, pick_device
-from vicinal.evaluation.image_text import image_text_scores, zero_shot_scores
+from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_text, pick_device
 from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.metrics import class_neighbours, nmi, topk
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
@@ -78,6 +76,7 @@ from vicinal.models.text_tower import TextTower, with_text_tower
 from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import PK, Data, HardClass, NoDuplicate, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
+from vicinal.texts import Texts
 from vicinal.training.devices import Processes
 from vicinal.training.distillation import SelfDistillation
 from vicinal.training.image_text import ImageTextObjective
@@ -308,6 +307,8 @@ def _train(
     device = pick_device(recipe.device)
     manifest, division, original = ground.manifest, ground.division, ground.original
     train = manifest.where(division.train).compact()
+    if recipe.captions.trained == "first":
+        train = train.with_first_captions()
     if "group" in train.names() and not _nested(train):
         train = replace(train, table=train.table.drop_columns(["group"]))
     encoder = adapt(original, *adapters_from_config(_adapters(recipe)))
@@ -528,7 +529,7 @@ def measure(
             ),
         ]
         if texts is not None:
-            scores[name] += texts.scores(queries, part.queries, tuple(recipe.recall_at))
+            scores[name] += texts.scores(queries, part.queries)
     return scores
 
 
@@ -536,50 +537,6 @@ def _clusters(embeddings: Embeddings, parts: Mapping[str, Part], recipe: Recipe)
     """NMI of each part, where the recipe asks for it: one number of all queries, so without an interval."""
     asked = {name: embeddings.where(part.queries) for name, part in parts.items() if "nmi" in recipe.also}
     return {name: nmi(queries.vectors, queries.labels) for name, queries in asked.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class Texts:
-    """What the images of a manifest are called, in vectors of one encoder.
-
-    Args:
-        names: a vector for each class.
-        captions: the caption of each of N rows, or None where it has none; None without captions.
-        vectors: theirs, "N D"; of rows without caption meaningless.
-    """
-
-    names: Float[Tensor, "C D"]
-    captions: list[str | None] | None
-    vectors: Float[Tensor, "N D"] | None
-
-    @classmethod
-    def of(cls, encoder: Encoder, manifest: Manifest, recipe: Recipe) -> Texts:
-        """The class names through the recipe's templates, and the column `text`."""
-        settings: dict[str, Any] = {"device": recipe.device, "precision": recipe.precision}
-        written = [name.replace("_", " ") for name in manifest.classes]
-        names = embed_classes(encoder, written, recipe.templates, **settings)
-        captions = [told[0] if told else None for told in manifest.captions()]
-        if not any(captions):
-            return cls(names, None, None)
-        return cls(names, captions, embed_text(encoder, [caption or "" for caption in captions], **settings))
-
-    def scores(self, queries: Embeddings, rows: Bool[Tensor, "N"], ks: tuple[int, ...]) -> list[PerQuery]:
-        """Zero-shot among the classes of the queries, and retrieval of images by captions and back, items by class."""
-        present, labels = torch.unique(queries.labels, return_inverse=True)
-        classes = tuple(queries.classes[i] for i in present.tolist())
-        scores = [zero_shot_scores(replace(queries, labels=labels, classes=classes), self.names[present])]
-        if self.captions is None or self.vectors is None:
-            return scores
-        told = [i for i in rows.nonzero()[:, 0].tolist() if self.captions[i]]
-        if told:
-            place = {row: i for i, row in enumerate(rows.nonzero()[:, 0].tolist())}
-            text_labels = queries.labels[[place[i] for i in told]]
-            captions = [self.captions[i] or "" for i in told]
-            texts = Embeddings(self.vectors[told], text_labels, tuple(captions), queries.classes)
-            found = image_text_scores(queries, texts, captions=captions, ks=ks)
-            values = {name: value for name, value in found.values.items() if not name.endswith("_rank")}
-            scores.append(replace(found, values=values))  # a difference of ranks, where less is more, would mislead
-        return scores
 
 
 def evaluate(

@@ -71,6 +71,7 @@ def seed_rows(
                     name: None if math.isnan(e.value) else e.value
                     for one in protocols
                     for name, e in mean(one, resamples=1).items()
+                    if not name.endswith("_rank")
                 }
                 for part, protocols in scores.items()
             },

@@ -139,6 +139,17 @@ class Manifest:
             for text, more in zip(texts, several, strict=True)
         ]
 
+    def with_first_captions(self) -> Manifest:
+        """The same rows, of each only what `captions` has first, as `text`.
+
+        >>> rows = {"image": ["a.png", "b.png"], "captions": [["a cat", "a pet"], None]}
+        >>> Manifest.build(rows, ".").with_first_captions().captions()
+        [['a cat'], []]
+        """
+        kept = [name for name in self.names() if name not in ("text", "captions")]
+        first = [several[0] if several else None for several in self.captions()]
+        return replace(self, table=self.table.select(kept).append_column("text", pa.array(first, pa.string())))
+
     def labels(self) -> Int[Tensor, "N"]:
         """Each row's position in `classes`, int64; 0 everywhere where the data has no labels (`classes` is empty)."""
         if not self.classes:

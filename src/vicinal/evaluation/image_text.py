@@ -35,7 +35,7 @@ from torch import Tensor
 from vicinal.evaluation.intervals import LEVELS, _weights, mean
 from vicinal.types import Embeddings, Estimate, InputError, Metrics, PerQuery
 
-__all__ = ["image_text", "image_text_scores", "zero_shot", "zero_shot_scores"]
+__all__ = ["PROTOCOLS", "Protocol", "averaged", "image_text", "image_text_scores", "zero_shot", "zero_shot_scores"]
 
 Protocol = Literal["full", "sampled100", "index"]
 
@@ -148,11 +148,24 @@ def image_text(
         draws=draws,
         seed=seed,
     )
+    return averaged(scores)
+
+
+def averaged(scores: PerQuery) -> Metrics:
+    """The means of scores, and in place of a mean of ranks (`…_rank`) their median, `…_median_rank`.
+
+    Args:
+        scores: of `image_text_scores`, or any others.
+
+    >>> averaged(PerQuery({"full/image_to_text_rank": torch.tensor([[1.0, 1.0, 70.0]])}, torch.arange(3)))[
+    ...     "full/image_to_text_median_rank"].value
+    1.0
+    """
     metrics: dict[str, Estimate] = {}
     for name, estimate in mean(scores).items():
         if name.endswith("_rank"):
+            low, middle, high = _median(scores.values[name], scores.units)
             name = f"{name.removesuffix('_rank')}_median_rank"
-            low, middle, high = _median(scores.values[f"{name.removesuffix('_median_rank')}_rank"], scores.units)
             estimate = Estimate(middle, low, high, n=estimate.n, queries=estimate.queries)
         metrics[name] = estimate
     return metrics
@@ -410,33 +423,45 @@ def _by_index(images: Embeddings, texts: Embeddings, captions: Sequence[str], ks
 
 
 def _sampled(pool: _Pool, kind_of_item: Int[Tensor, "items"], most: int, draws: int, seed: int) -> list[_Ranks]:
-    kinds = kind_of_item[pool.image_items].numpy(), kind_of_item[pool.first_item].numpy()
+    kinds = kind_of_item[pool.image_items], kind_of_item[pool.first_item]
     vectors = pool.image_vectors, pool.text_vectors
     relevant = pool.texts_of_images, pool.images_of_texts
     ways = []
     for way in (0, 1):
         generator = np.random.default_rng([seed, way])
         asked, others = (np.argsort(np.array(pool.names[side]), kind="stable") for side in (way, 1 - way))
+        gallery = torch.from_numpy(others)
         counts = torch.full((3, draws, len(asked)), torch.nan, dtype=torch.float64)
+        step = max(1, BLOCK_BYTES // (8 * max(len(gallery), (NEGATIVES + 1) * vectors[0].shape[1])))
         for draw in range(draws):
-            for query in asked[generator.permutation(len(asked))[:most]]:
-                wanted = relevant[way](torch.tensor([query]))[0].numpy()[others]
-                good, bad = others[wanted], others[~wanted]
-                if len(good) == 0:
-                    continue
-                alike = kinds[1 - way][bad] == kinds[way][query]
-                drawn = _drawn(bad[alike], NEGATIVES, generator)
-                drawn = np.concatenate([drawn, _drawn(bad[~alike], NEGATIVES - len(drawn), generator)])
-                candidates = torch.from_numpy(np.concatenate([[good[generator.integers(len(good))]], drawn]))
-                similarity = (vectors[1 - way][candidates].double() @ vectors[way][query].double()).float()
-                above, level = (similarity[1:] > similarity[0]).sum(), (similarity[1:] == similarity[0]).sum()
-                counts[:, draw, query] = torch.stack([above, level, torch.ones_like(level)]).double()
+            queries = torch.from_numpy(asked[generator.permutation(len(asked))[:most]])
+            for start in range(0, len(queries), step):
+                rows = queries[start : start + step]
+                wanted = relevant[way](rows)[:, gallery]
+                alike = kinds[1 - way][gallery] == kinds[way][rows, None]
+                good, bad, there = _candidates(wanted, alike, generator)
+                found = vectors[1 - way][gallery[torch.cat([good[:, None], bad], 1)]].double()
+                similarity = torch.einsum("qd,qnd->qn", vectors[way][rows].double(), found).float()
+                best, rest = similarity[:, :1], similarity[:, 1:]
+                above, level = ((rest > best) & there).sum(1), ((rest == best) & there).sum(1)
+                ranks = torch.stack([above, level, torch.ones_like(level)]).double()
+                counts[:, draw, rows] = ranks.masked_fill(~wanted.any(1), torch.nan)
         ways.append(_Ranks(*counts))
     return ways
 
 
-def _drawn(rows: np.ndarray, most: int, generator: np.random.Generator) -> np.ndarray:
-    return rows if len(rows) <= most else generator.choice(rows, most, replace=False)
+def _candidates(
+    wanted: Bool[Tensor, "q G"], alike: Bool[Tensor, "q G"], generator: np.random.Generator
+) -> tuple[Int[Tensor, "q"], Int[Tensor, "q N"], Bool[Tensor, "q N"]]:
+    """Of each query one relevant candidate, up to a hundred that are not (those alike first), and which there are.
+
+    Every candidate gets a random number, and the least are taken: all queries of a block at once.
+    """
+    key = torch.from_numpy(generator.random(tuple(wanted.shape)))
+    good = key.masked_fill(~wanted, torch.inf).argmin(1)
+    least = (key + (~alike).double()).masked_fill(wanted, torch.inf)
+    values, bad = least.topk(min(NEGATIVES, wanted.shape[1]), largest=False)
+    return good, bad, values.isfinite()
 
 
 def _kinds_of_classes(kinds: Sequence[object] | None, classes: Sequence[str]) -> Int[Tensor, "items"]:

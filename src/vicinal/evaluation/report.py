@@ -130,9 +130,30 @@ def _chosen_metric(results: Results, part: str) -> str | None:
 
 def _metrics(results: Results, part: str) -> list[str]:
     sides = [(results.get(side) or {}).get(part) or {} for side in ("before", "after")]
-    names = dict.fromkeys(name for side in sides for name in side)
+    names = dict.fromkeys(name for side in sides for name in side if not _is_rank(name))
     order = ("map@r", "recall@1", "recall@5", "recall@10", "r_precision")
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _is_rank(name: str) -> bool:
+    """Ranks are no shares of one, and less is more: they stand below the table, on no axis."""
+    return name.endswith("median_rank")
+
+
+def _ranks(results: Results, part: str) -> list[str]:
+    """One line for each median rank: before, after, with intervals."""
+    names = dict.fromkeys(
+        name for side in ("before", "after") for name in (results.get(side) or {}).get(part) or {} if _is_rank(name)
+    )
+    lines = []
+    for name in names:
+        values = [one for side in ("before", "after") if (one := _of(results, side, part, name)) is not None]
+        said = [
+            f"{one['value']:g} [{one['low']:g}, {one['high']:g}]" if known(one.get("low")) else f"{one['value']:g}"
+            for one in values
+        ]
+        lines.append(f"{metric_name(name)}: {' → '.join(said)}")
+    return lines
 
 
 def _interval(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
@@ -308,6 +329,7 @@ def _part_table(
         "axis": _axis(*values),
         "change_axis": _axis(*changes, signed=True),
         "has_change": any(row["change"] for row in rows),
+        "ranks": _ranks(results, part),
     }
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from vicinal.evaluation.intervals import mean, paired_difference
+from vicinal.evaluation.image_text import averaged
+from vicinal.evaluation.intervals import paired_difference
 from vicinal.types import InputError, Metrics, PerQuery
 
 __all__ = ["Scores", "differences", "estimates", "load_scores", "plain", "save_scores"]
@@ -17,20 +18,26 @@ Scores = Mapping[str, Sequence[PerQuery]]
 
 
 def estimates(scores: Scores) -> dict[str, Metrics]:
-    """Part -> metric -> its mean."""
-    return {part: {k: v for values in protocols for k, v in mean(values).items()} for part, protocols in scores.items()}
+    """Part -> metric -> its mean; of ranks the median."""
+    return {
+        part: {k: v for values in protocols for k, v in averaged(values).items()} for part, protocols in scores.items()
+    }
 
 
 def differences(before: Scores, after: Scores) -> dict[str, Metrics]:
-    """Part -> metric -> the mean of what changed, query by query."""
+    """Part -> metric -> the mean of what changed, query by query; of ranks none, since there less is more."""
     return {
         part: {
             name: estimate
             for b, a in zip(before[part], after[part], strict=True)
-            for name, estimate in paired_difference(b, a).items()
+            for name, estimate in paired_difference(_without_ranks(b), a).items()
         }
         for part in before
     }
+
+
+def _without_ranks(scores: PerQuery) -> PerQuery:
+    return replace(scores, values={name: v for name, v in scores.values.items() if not name.endswith("_rank")})
 
 
 def plain(metrics: Metrics) -> dict[str, dict[str, float | None]]:

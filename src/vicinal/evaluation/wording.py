@@ -10,6 +10,7 @@ __all__ = ["PARTS", "as_change", "as_number", "as_text", "counted", "known", "me
 
 PARTS = ("unseen", "seen", "joint", "all")
 METRIC_NAMES = {"map@r": "MAP@R", "map@r_legacy": "MAP@R, legacy", "r_precision": "R-precision", "mrr": "MRR"}
+METRIC_NAMES |= {"median_rank": "Median rank", "recall_ceiling@1": "Ceiling of Recall@1"}
 WAYS = {"image_to_text_": "Image to text", "text_to_image_": "Text to image"}
 
 
