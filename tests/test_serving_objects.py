@@ -329,6 +329,8 @@ def test_a_box_outside_its_picture_names_it(encoder: Encoder, references: Path) 
     assert answers[1].labels == ["A"]
     with pytest.raises(InputError, match="1 lists for 2 pictures"):
         matcher.detect([image, image], boxes=[boxes])
+    with pytest.raises(InputError, match="a box is x0, y0, x1, y1"):
+        matcher.detect([image], boxes=[[(0, 0, 5)]])
     wrong = matcher.detect([torch.zeros(3, 4, 4)])[0]
     assert "bytes" in (wrong.error or "")
 
@@ -378,7 +380,9 @@ def test_references_come_as_index_embeddings_or_matcher_of_the_same_model(encode
     with pytest.raises(InputError, match="the matcher has fusion='max'"):
         ObjectMatcher(embedding_model=encoder, references=made, fusion="mean")
     threshold = made.threshold
-    ObjectMatcher(embedding_model=encoder, references=made, threshold=0.9)
+    stricter = ObjectMatcher(embedding_model=encoder, references=made, threshold=np.float32(0.5)).matcher
+    assert stricter is not None
+    assert stricter.threshold == 0.5
     assert made.threshold == threshold  # the one that was given stays as it is
     with pytest.raises(InputError, match="no labels"):
         ObjectMatcher(embedding_model=encoder, references=vicinal.read_folder(references, labels=False))

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,8 +234,8 @@ class ObjectMatcher:
         rule = _rule(threshold, embedding_model)
         stated = {name: v for name, v in (("fusion", fusion), ("k", k), ("margin", margin)) if v is not None}
         self.matcher = self._matcher(references, rule, stated)
-        if self.matcher is not None and isinstance(threshold, float | int):
-            self.matcher = self.matcher.with_threshold(threshold)
+        if self.matcher is not None and isinstance(threshold, Real):  # numpy's numbers, too
+            self.matcher = self.matcher.with_threshold(float(threshold))
         self.skipped: list[tuple[str, str]] = []
 
     def _matcher(
@@ -273,9 +274,7 @@ class ObjectMatcher:
         manifest = references if isinstance(references, Manifest) else read_folder(references)
         if not manifest.classes:
             raise InputError("the references have no labels; put each class's pictures into a folder of its name")
-        found = embed(
-            self.encoder, manifest, cache=default_cache(), device=self.device, precision=self.precision, workers=0
-        )
+        found = embed(self.encoder, manifest, cache=default_cache(), device=self.device, precision=self.precision)
         return found, self.fingerprint
 
     @property
@@ -310,7 +309,7 @@ class ObjectMatcher:
                 counted in `skipped` ("skip"); or stops everything ("raise").
 
         Raises:
-            InputError: as `on_error` says; boxes for another number of pictures.
+            InputError: as `on_error` says; boxes for another number of pictures, or not of four numbers.
         """
         if boxes is not None and len(boxes) != len(images):
             raise InputError(f"boxes: {len(boxes)} lists for {len(images)} pictures; give one list a picture")
@@ -355,6 +354,8 @@ class ObjectMatcher:
             if own is None:
                 boxes[i] = self._worth_a_look(found[i], size)
             elif len(own):
+                if any(len(box) != 4 for box in own):
+                    raise InputError(f"{names[i]}: a box is x0, y0, x1, y1 in pixels, not {own[0]}")
                 boxes[i] = Boxes(torch.tensor([[float(v) for v in box] for box in own]), torch.ones(len(own)))
             padding = self.pad if own is None and not self.tiled else 0.0
             try:
