@@ -14,10 +14,11 @@ from pictures import write_folder
 from vicinal.data.division import divide
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder, read_open_images
+from vicinal.evaluation.overlap import overlap
 from vicinal.models.backbones import load_encoder
 from vicinal.recipe import Recipe, apply_override
 from vicinal.run import bring, load_scores, run
-from vicinal.types import InputError
+from vicinal.types import Embeddings, InputError
 
 SMALL = {
     "model": "timm:test_vit",
@@ -68,6 +69,10 @@ def test_images_without_labels_are_trained_on_and_others_measured(generic: Path,
     assert results["data"]["parts"]["photos"]["queries"] == results["after"]["photos"]["map@r"]["queries"]
     assert results["training"]["selected_on"] == "nothing: the last step"
     assert "photos" in (out / "report.html").read_text()
+    before, after = (Embeddings.load(out / "embeddings" / side / "photos.safetensors") for side in ("before", "after"))
+    assert results["overlap"]["before"]["photos"]["overlap"]["value"] == overlap(before)["overlap"].value
+    change = results["overlap"]["difference"]["photos"]
+    assert change["auroc"]["value"] == pytest.approx(overlap(after)["auroc"].value - overlap(before)["auroc"].value)
     assert load_scores(out / "scores" / "after.safetensors").keys() == {"photos"}
     # what is saved is the teacher: the average, which with so large a momentum has hardly moved
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]

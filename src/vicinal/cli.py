@@ -445,6 +445,23 @@ def fewshot(
 
 
 @app.command()
+def overlap(
+    model: Model,
+    sources: Annotated[list[str], typer.Argument(help="Labelled folders or tables that it was not trained on.")],
+    before: Annotated[
+        str | None, typer.Option(help="The model without the adapter; of a run: what it began with.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("overlap"),
+    size: Annotated[int | None, typer.Option(help="Input size in pixels of the model before.")] = None,
+    device: str = "auto",
+) -> None:
+    """How much images of one class and of several overlap, before and after an adapter, with a picture."""
+    from vicinal.overlap import measure_overlap
+
+    print(measure_overlap(model, sources, out, before=before, size=size, device=device) / "overlap.png")
+
+
+@app.command()
 def schema(out: Annotated[Path | None, typer.Option(help="A file; else it is printed.")] = None) -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from vicinal.recipe import json_schema

@@ -15,7 +15,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -40,6 +40,7 @@ from vicinal.data.transforms import MultiCrop, TrainTransform, multi_crop, train
 from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_text, pick_device
 from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.metrics import class_neighbours, nmi, topk
+from vicinal.evaluation.overlap import overlap, overlap_change
 from vicinal.evaluation.protocols import prototype_scores, retrieval_scores
 from vicinal.evaluation.report import Record, report
 from vicinal.evaluation.scores import differences, estimates, load_scores, plain, save_scores
@@ -219,6 +220,8 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         "seed": recipe.seed,
         "seconds": round(time.monotonic() - started, 1),
     }
+    if ground.elsewhere:
+        results["overlap"] = _overlaps(kept, ground.elsewhere)
     if recipe.seeds > 1:
         results["seeds"] = seed_rows([own.seed for own in folders.values()], facts, measured)
     if "nmi" in recipe.also:
@@ -714,6 +717,16 @@ def _elsewhere(
             vectors.mkdir(parents=True, exist_ok=True)
             embeddings.save(vectors / f"{name}.safetensors")
     return scores
+
+
+def _overlaps(kept: Path, names: Iterable[str]) -> dict[str, dict[str, dict[str, dict[str, float | None]]]]:
+    """How much images of one class and of several overlap elsewhere, before, after, and the difference."""
+    found: dict[str, dict[str, dict[str, dict[str, float | None]]]] = {"before": {}, "after": {}, "difference": {}}
+    for name in names:
+        before, after = (Embeddings.load(kept / side / f"{name}.safetensors") for side in ("before", "after"))
+        found["before"][name], found["after"][name] = plain(overlap(before)), plain(overlap(after))
+        found["difference"][name] = plain(overlap_change(before, after))
+    return found
 
 
 def _refuse_trained_on(name: str, other: Manifest, vectors: Embeddings, trained: Manifest, known: Embeddings) -> None:

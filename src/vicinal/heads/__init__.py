@@ -12,6 +12,7 @@ from vicinal.heads.linear import CLAP, GDA, LinearProbe, ProKeR
 from vicinal.heads.prototypes import NearestPrototype, ZeroShot
 from vicinal.heads.selection import POLICIES, Selection, transferred
 from vicinal.heads.support import Text, Validation, check_support
+from vicinal.heads.whitening import Whitening
 from vicinal.types import InputError
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TipAdapterF",
     "TipX",
     "Validation",
+    "Whitening",
     "ZeroShot",
     "check_support",
     "curve",
