@@ -32,6 +32,7 @@ PARTS = {
     "logos_jetson": {"unseen"},
     "logos_small": {"unseen"},
     "proxies_small": {"seen", "unseen"},
+    **{f"overlap_{way}{size}": {"mine"} for way in ("supervised", "dino") for size in ("", "_small")},
     **{
         f"proxies_{name}{size}": {"unseen"}
         for name in ("cub", "cars", "sop", "inshop", "inat")
@@ -182,3 +183,42 @@ def test_every_recipe_says_what_was_measured_or_that_it_was_not() -> None:
         head = path.read_text().split("data:")[0]
         assert "MAP@R" in head or "Zero-shot" in head or "Not measured here" in head, path
         assert yaml.safe_load(path.read_text())["model"]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PARTS if name.startswith("overlap_")))
+def test_overlap(name: str, tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos")
+    generic = tmp_path / "generic"
+    generic.mkdir()
+    for number in range(8):
+        draw(SHAPES[number % 4], COLOURS[number % 6], 100 + number).rotate(90).resize((30, 30)).save(
+            generic / f"{number}.png"
+        )
+    rows = "".join(f"{number},{SHAPES[number % 4]},train\n" for number in range(8))
+    (tmp_path / "list.csv").write_text("ImageID,DisplayName,type\n" + rows)
+    table = "".join(f"generic/{number}.png,{SHAPES[number % 4]}\n" for number in range(8))
+    (tmp_path / "table.csv").write_text("image,label\n" + table)
+    words = [*SMALL, "preprocess.size=32", f"elsewhere.mine.folder={photos}", "adapt.0.bottleneck.dim=4"]
+    if name == "overlap_supervised":
+        words += [f"data.open_images.root={generic}", f"data.open_images.csv={tmp_path / 'list.csv'}"]
+    elif name == "overlap_dino":
+        words += [f"data.folder={generic}"]
+    else:
+        words += [f"data.together.0.table={tmp_path / 'table.csv'}", "data.together.1.glyphs.characters=αβ"]
+    if "dino" in name:
+        words += [
+            "loss.dino.prototypes=16",
+            "loss.dino.hidden=16",
+            "loss.dino.small_crops=2",
+            "loss.dino.small_size=16",
+        ]
+    out = run(Recipe.load(RECIPES[name], [*words, "cache=null"]), tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["after"]) == PARTS[name]
+    assert set(results["overlap"]["difference"]) == {"mine"}
+    assert results["training"]["steps"] == 3
+    name_of = (
+        "down" if "dino" in name else "up"
+    )  # one that has moved: at a start from zero, dino's first steps are small
+    weights = load_file(out / "model" / "model.safetensors")
+    assert any(value.any() for key, value in weights.items() if f"bottleneck.{name_of}.weight" in key)
