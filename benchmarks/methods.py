@@ -69,12 +69,12 @@ METHODS = {
 }
 RATES = {
     "linear head": (1e-3, 3e-3, 1e-2),
-    "BitFit": (1e-3, 3e-3, 1e-2),
-    "VPT": (3e-3, 1e-2, 3e-2),
+    "BitFit": (1e-3, 3e-3),
+    "VPT": (3e-3, 1e-2),
     "bottleneck": (1e-3, 3e-3),
     "LoRA": (1e-3, 2e-3),
     "full": (1e-4, 3e-4),
-    "VPTSP-G": (3e-3, 1e-2, 3e-2),
+    "VPTSP-G": (3e-3, 1e-2),
 }
 PAIRS = [
     ("VPT", "VPTSP-G"),

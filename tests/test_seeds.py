@@ -87,7 +87,8 @@ def test_the_run_folder_holds_all_of_them_and_the_first_one_for_use(finished: Pa
     assert (finished / "model" / "model.safetensors").read_bytes() == first
     page = remake_report(finished).read_text()
     assert "Seed by seed" in page
-    assert "variance over the 2 training seeds" in page
+    assert "after 2 trainings of other seeds" in page
+    assert "over classes and over the 2 training seeds" in page
 
 
 def test_a_stopped_one_goes_on_and_trains_no_seed_twice(

@@ -196,6 +196,8 @@ def _headline(results: Results) -> dict[str, str]:
     one = after or before or {}
     where = _where(part, int(one.get("n", 0)), paired=before is not None and after is not None)
     basis = f"{counted(int(one.get('queries', 0)), 'query')} of {counted(int(one.get('n', 0)), 'class')}"
+    if trainings := results.get("seeds"):
+        basis += f", after {counted(len(trainings), 'training')} of other seeds"
     if before is None or after is None:
         what = f"{metric_name(metric)} is {as_number(one['value'])} {_interval(one)}".rstrip()
         verdict = f"Measured once, on {basis}; there is nothing here to compare it with."
@@ -503,6 +505,8 @@ def _key_facts(record: Record) -> list[dict[str, str]]:
     trained, total = training.get("trained_parameters"), training.get("total_parameters")
     if known(trained):
         more = f"{100 * trained / total:.1f} % of {_large(total)}" if known(total) and total else ""
+        if training.get("trained_aside"):
+            more += f"{', and ' if more else ''}{_large(training['trained_aside'])} for the loss alone"
         facts.append({"name": "Trained parameters", "value": _large(trained), "more": more})
     if known(training.get("steps")):
         seconds = training.get("seconds")
