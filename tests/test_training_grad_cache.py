@@ -19,9 +19,11 @@ import tiny_encoders
 from training_parts import Tiny, batch_at, batches, optimise
 from vicinal.losses import ArcFace, CrossBatchMemory, MultiSimilarity, NTXent, ProxyAnchor, SupCon, Triplet
 from vicinal.losses.contrastive import InfoNCE, SigLIP
+from vicinal.losses.distillation import DINO
 from vicinal.models.adapters import Full, LinearHead, LoRA, VisualPrompt, adapt
 from vicinal.models.backbones import load_encoder
 from vicinal.training import loop
+from vicinal.training.distillation import SelfDistillation
 from vicinal.training.grad_cache import backward_in_parts, items, parts_of
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers
@@ -121,7 +123,7 @@ def test_every_loss_of_labels(loss: str, micro_batch: int):
     assert parts["embeddings"].shape == (SIZE, 64)
 
 
-@pytest.mark.parametrize("family", ["open_clip", "siglip"])
+@pytest.mark.parametrize("family", ["open_clip", "siglip", "siglip2"])
 @pytest.mark.parametrize("loss", [InfoNCE(scale=8.0), SigLIP(scale=8.0, bias=-2.0)], ids=["infonce", "siglip"])
 @pytest.mark.parametrize("method", [Full("both"), LoRA(rank=2, tower="both", dropout=0.3), Full("text")], ids=str)
 def test_images_and_texts(family: str, loss: InfoNCE | SigLIP, method: Any, tmp_path: Path):  # noqa: ANN401
@@ -206,6 +208,29 @@ def test_semantic_proxies():
     assert "table.table" in found[0]
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_self_distillation():
+    """The teacher and its centre see the whole batch."""
+    g = torch.Generator().manual_seed(1)
+    batch: Batch = {
+        "views": torch.rand(7, 2, 3, 32, 32, generator=g),
+        "crops": torch.rand(7, 2, 3, 16, 16, generator=g),
+    }  # type: ignore[typeddict-unknown-key]
+
+    def objective() -> SelfDistillation:
+        torch.manual_seed(0)
+        encoder = adapt(load_encoder("timm:test_vit", size=32, random_init=True), LoRA(rank=2))
+        made = SelfDistillation(encoder, DINO(16), steps=10, small_size=(16, 16))
+        made.follow(torch.optim.SGD([p for p in made.parameters() if p.requires_grad], lr=0.1))
+        return made.train()
+
+    (expected, values), (found, parts) = whole(objective(), batch, 3), by_parts(objective(), batch, 3)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    for name in values:
+        torch.testing.assert_close(parts[name], values[name])
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop

@@ -28,6 +28,7 @@ FAMILIES: dict[str, Callable[[Path], Encoder]] = {
     "open_clip": tiny_encoders.open_clip,
     "transformers": tiny_encoders.transformers,
     "siglip": tiny_encoders.siglip,
+    "siglip2": tiny_encoders.siglip2,
 }
 
 

@@ -139,6 +139,7 @@ def test_layer_decay_is_timms_for_a_model_with_a_classifier(tmp_path: Path):
             assert decay == expected[name][1], name
 
 
+BLOCKS = 9  # of timm's test_vit3
 TOWERS = {
     "open_clip": {
         "visual.class_embedding": 4,
@@ -167,6 +168,19 @@ TOWERS = {
         "text_model.final_layer_norm.bias": 0,
         "text_projection.weight": 0,
     },
+    "siglip2": {
+        "visual.trunk.patch_embed.proj.weight": BLOCKS + 1,
+        "visual.trunk.pos_embed": BLOCKS + 1,
+        "visual.trunk.blocks.0.norm1.weight": BLOCKS,
+        f"visual.trunk.blocks.{BLOCKS - 1}.mlp.fc1.weight": 1,
+        "visual.trunk.norm.weight": 0,
+        "visual.trunk.attn_pool.latent": 0,
+        "text.positional_embedding": 3,
+        "text.token_embedding.weight": 3,
+        "text.transformer.resblocks.0.ln_1.weight": 2,
+        "text.ln_final.weight": 0,
+        "text.text_projection.bias": 0,
+    },
     "siglip": {
         "vision_model.embeddings.patch_embedding.weight": 4,
         "vision_model.encoder.layers.2.mlp.fc1.weight": 1,
@@ -181,8 +195,7 @@ TOWERS = {
 
 @pytest.mark.parametrize("family", sorted(TOWERS))
 def test_layer_decay_in_both_towers(tmp_path: Path, family: str):
-    made = {"open_clip": tiny_encoders.open_clip, "siglip": tiny_encoders.siglip}
-    found = rates(adapt(made.get(family, tiny_encoders.transformers)(tmp_path / "m"), Full("both")), 0.5)
+    found = rates(adapt(getattr(tiny_encoders, family)(tmp_path / "m"), Full("both")), 0.5)
     for name, depth in TOWERS[family].items():
         assert found[f"model.{name}"][0] == 0.5**depth, name
 

@@ -34,6 +34,23 @@ def open_clip(folder: Path) -> Encoder:
     return load_encoder(f"open_clip:local-dir:{folder}", random_init=True)
 
 
+def siglip2(folder: Path) -> Encoder:
+    """The layout of OpenCLIP's SigLIP2: timm's image tower with attention pooling, a text tower of its own."""
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    config = {
+        "model_cfg": {
+            "embed_dim": 96,
+            "init_logit_bias": -10,
+            "custom_text": True,
+            "vision_cfg": {"image_size": 160, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "none"},
+            "text_cfg": {**text, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+        }
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return load_encoder(f"open_clip:local-dir:{folder}", size=SIZE, random_init=True)
+
+
 class Codes:
     """The tokenizer of `transformers`: letters as numbers, ended by the end token."""
 
