@@ -170,7 +170,7 @@ def test_a_caption_is_drawn_for_each_look_and_does_not_depend_on_the_workers(pho
 
 def test_a_mixed_seed_has_no_collisions() -> None:
     seeds = {
-        loader._mixed(seed, epoch, row, n) & 0xFFFFFFFF  # all that torch's generator takes of it
+        loader.mixed(seed, epoch, row, n) & 0xFFFFFFFF  # all that torch's generator takes of it
         for seed, epoch, row, n in itertools.product(range(4), range(10), range(40), range(2))
     }
     assert len(seeds) == 4 * 10 * 40 * 2

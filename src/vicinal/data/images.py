@@ -42,6 +42,7 @@ __all__ = [
     "Cutout",
     "Member",
     "decode",
+    "decode_bytes",
     "image_size",
     "pixel_box",
     "read_bytes",
@@ -224,7 +225,18 @@ def decode(
     >>> photo.size, tuple(photo.pixels.shape), photo.edges
     ((801, 1000), (3, 201, 250), (0.0, 0.0, 250.0, 200.25))
     """
-    data = read_bytes(path)
+    return decode_bytes(read_bytes(path), path, box=box, padding=padding, at_least=at_least)
+
+
+def decode_bytes(
+    data: bytes,
+    path: str | Path,
+    *,
+    box: Sequence[float | int] | None = None,
+    padding: float = 0.0,
+    at_least: tuple[int, int] | None = None,
+) -> Cutout:
+    """Decode what `decode` would have read; `path` is what errors call it."""
     jpeg = _jpeg_header(data)
     found = None if jpeg is None else _decode_jpeg(data, jpeg, path, box, padding, at_least)
     return found or _decode_pillow(data, path, box, padding)

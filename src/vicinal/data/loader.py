@@ -28,7 +28,7 @@ from vicinal.data.samplers import Sampler, occurrence
 from vicinal.data.transforms import EvalTransform, MultiCrop, TrainTransform
 from vicinal.types import Batch, InputError
 
-__all__ = ["EvalBatches", "TrainBatches", "default_workers", "eval_batches", "train_batches"]
+__all__ = ["EvalBatches", "TrainBatches", "default_workers", "eval_batches", "mixed", "one_of", "train_batches"]
 
 # One view, "3 h w", which comes as `image`; or several by the names they have in a batch, `image` among them.
 Transform = Callable[[UInt8[Tensor, "3 H W"]], Tensor | dict[str, Tensor]]
@@ -164,17 +164,17 @@ class _Columns:
         batch = cast(Batch, {**(images or {}), "label": self.labels[index], "index": index})
         if self.captions is not None:
             drawn = zip((self.captions[row] for row in rows), made.seeds, strict=True)
-            batch["text"] = [_one_of(several, seed) for several, seed in drawn]
+            batch["text"] = [one_of(several, seed) for several, seed in drawn]
         if self.groups is not None:
             batch["group"] = self.groups[index]
         return batch
 
 
-def _one_of(captions: Sequence[str], seed: int | None) -> str:
+def one_of(captions: Sequence[str], seed: int | None) -> str:
     """In training a caption drawn by the row's seed, in evaluation always the first; "" of none."""
     if not captions:
         return ""
-    return captions[0] if seed is None else captions[_mixed(seed, 1) % len(captions)]
+    return captions[0] if seed is None else captions[mixed(seed, 1) % len(captions)]
 
 
 def _loader(maker: _Maker, batches: Iterable[list[_Item]], workers: int, pin_memory: bool) -> Iterator[_Made]:
@@ -288,15 +288,15 @@ class _Steps:
                 low, high = (len(batch) * part // self.world_size for part in (self.rank, self.rank + 1))
                 if len(batch) < self.world_size:
                     raise InputError(f"a batch of {len(batch)} rows cannot be shared by {self.world_size} processes")
-                yield [_Item(batch[i], _mixed(self.seed, epoch, batch[i], times[at + i])) for i in range(low, high)]
+                yield [_Item(batch[i], mixed(self.seed, epoch, batch[i], times[at + i])) for i in range(low, high)]
                 at += len(batch)
             epoch, position = epoch + 1, 0
 
 
-def _mixed(*values: int) -> int:
+def mixed(*values: int) -> int:
     """A seed from several numbers, by splitmix64: neighbours, sums and permutations do not meet.
 
-    >>> _mixed(0, 1, 2) != _mixed(0, 2, 1)
+    >>> mixed(0, 1, 2) != mixed(0, 2, 1)
     True
     """
     state = 0

@@ -47,7 +47,18 @@ from vicinal.data.manifest import FEW, IMAGE_ENDINGS, Manifest, split_word
 from vicinal.data.tables import map_columns
 from vicinal.types import InputError
 
-__all__ = ["Said", "expand", "image_kind", "opened", "read_shards", "recorded", "said", "split_key", "write_shards"]
+__all__ = [
+    "Said",
+    "expand",
+    "image_kind",
+    "kinds_of",
+    "opened",
+    "read_shards",
+    "recorded",
+    "said",
+    "split_key",
+    "write_shards",
+]
 
 Source = str | Path
 Patterns = Source | Sequence[Source]
@@ -414,7 +425,7 @@ def _walk(tar: Path) -> _Index:
         last = key
         if member.content is not None:
             content.setdefault(key, {})[kind] = member.content
-    if "cut at" in lost and items and not _kinds(items[last]) >= _kinds(next(iter(items.values()))):
+    if "cut at" in lost and items and not kinds_of(items[last]) >= kinds_of(next(iter(items.values()))):
         items.pop(last)  # the item that the cut went through
         lost["cut items"] = 1
     rows: list[dict[str, Any]] = []
@@ -436,7 +447,7 @@ def _walk(tar: Path) -> _Index:
     return _Index(pa.Table.from_pylist(rows, _SCHEMA), lost)
 
 
-def _kinds(files: Mapping[str, object]) -> set[str]:
+def kinds_of(files: Mapping[str, object]) -> set[str]:
     """Which of image, txt, json and cls an item has."""
     ends = {kind.rpartition(".")[2] for kind in files}
     return (ends & {"txt", "json", "cls"}) | ({"image"} if image_kind(list(files)) else set())
