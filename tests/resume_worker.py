@@ -1,4 +1,7 @@
-"""A training as a process of its own, to be killed: `python resume_worker.py IMAGES OUT STEPS [last]`."""
+"""A training as a process of its own, to be killed: `python resume_worker.py IMAGES OUT STEPS [last]`.
+
+IMAGES is a folder of class folders, or of shards.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,11 @@ import torch
 
 from vicinal.data.loader import train_batches
 from vicinal.data.samplers import ShuffleSampler
-from vicinal.data.sources import read_folder
 from vicinal.data.transforms import train_transform
 from vicinal.losses import ArcFace
 from vicinal.models.adapters import LoRA, adapt
 from vicinal.models.backbones import load_encoder
+from vicinal.run import bring_path
 from vicinal.training.loop import fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
@@ -24,7 +27,7 @@ from vicinal.types import Batch
 def main(images: Path, out: Path, steps: int, resume: str | None) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    manifest = read_folder(images)
+    manifest = bring_path(images)[1]
     encoder = adapt(load_encoder("timm:test_vit", size=32, random_init=True), LoRA(rank=4, dropout=0.2))
     objective = LabelObjective(encoder, ArcFace(encoder.embedding_dim, len(manifest.classes), margin=0.2, scale=16.0))
     transform = train_transform(encoder.preprocess, "standard")

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from vicinal.data.sources import read_folder, write_shards
+
 STEPS = 30
 WORKER = Path(__file__).with_name("resume_worker.py")
 
@@ -53,15 +55,23 @@ def kill_at(process: subprocess.Popen[bytes], out: Path, step: int) -> None:
     process.communicate()
 
 
-@pytest.mark.slow
-def test_killed_three_times_and_resumed(tmp_path: Path):
+def draw(root: Path) -> None:
+    """Three classes of sixteen pictures."""
     generator = np.random.default_rng(0)
     for label in "abc":
         for i in range(16):
-            (tmp_path / "images" / label).mkdir(parents=True, exist_ok=True)
+            (root / label).mkdir(parents=True, exist_ok=True)
             pixels = generator.integers(0, 255, (40, 52, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{i}.png")
+            Image.fromarray(pixels).save(root / label / f"{i}.png")
 
+
+def untimed(out: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(out)]
+
+
+@pytest.mark.slow
+def test_killed_three_times_and_resumed(tmp_path: Path):
+    draw(tmp_path / "images")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(begin(tmp_path / "images", whole, STEPS))
 
@@ -74,9 +84,6 @@ def test_killed_three_times_and_resumed(tmp_path: Path):
     assert all(step <= at < STEPS for step, at in zip(moments, reached, strict=True))
     finish(begin(tmp_path / "images", killed, STEPS, "last"))
 
-    def untimed(out: Path) -> list[dict[str, float]]:
-        return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows(out)]
-
     assert len([row for row in rows(whole) if "loss" in row]) == STEPS
     assert untimed(killed) == untimed(whole)
     last = f"checkpoints/step-{STEPS:08d}/weights.safetensors"
@@ -86,3 +93,18 @@ def test_killed_three_times_and_resumed(tmp_path: Path):
     assert sorted(path.name for path in (killed / "checkpoints").iterdir()) == sorted(
         path.name for path in (whole / "checkpoints").iterdir()
     )
+
+
+@pytest.mark.slow
+def test_killed_between_shards_and_resumed(tmp_path: Path):
+    """Shards of five images, batches of eight: every step goes over the end of one. Files give the very same losses."""
+    draw(tmp_path / "images")
+    write_shards(read_folder(tmp_path / "images"), tmp_path / "shards" / "%d.tar", items=5, seed=None)
+    whole, killed, plain = (tmp_path / name for name in ("whole", "killed", "plain"))
+    finish(begin(tmp_path / "images", plain, 12))
+    finish(begin(tmp_path / "shards", whole, 12))
+    kill_at(begin(tmp_path / "shards", killed, 12, "last"), killed, 6)
+    assert max(row["step"] for row in rows(killed)) < 12
+    finish(begin(tmp_path / "shards", killed, 12, "last"))
+    assert len([row for row in rows(whole) if "loss" in row]) == 12
+    assert untimed(killed) == untimed(whole) == untimed(plain)

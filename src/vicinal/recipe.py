@@ -14,6 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -81,7 +82,10 @@ class TrainValTest(_Strict):
 class Shards(_Strict):
     """Tars of images and captions, by patterns such as `train_{000000..000260}.tar`: see `read_shards`.
 
-    `train_eval` and `val_eval` name the shards that are looked at while training.
+    `train_eval` and `val_eval` name the shards that are looked at while training. Addresses of `train` are streamed,
+    files with `stream: true`: read as they come, never indexed (see `vicinal.data.stream`). The loss then starts from
+    `train_eval`, what cannot be used is always left out and counted, and `shuffle` is the number of samples in each
+    worker's buffer; true: 5000, false: shards and samples in their order. Files that are indexed are shuffled whole.
     """
 
     train: str | list[str] | None = None
@@ -89,6 +93,28 @@ class Shards(_Strict):
     test: str | list[str] | None = None
     train_eval: str | list[str] | None = None
     val_eval: str | list[str] | None = None
+    stream: bool | None = None
+    shuffle: bool | Annotated[int, Field(ge=1)] = True
+
+    @property
+    def streamed(self) -> str | list[str] | None:
+        """The shards that are trained on as they come; None where all are indexed."""
+        named = [self.train] if isinstance(self.train, str) else self.train or []
+        addresses = any(urlsplit(shard).scheme in ("http", "https") for shard in named)
+        return self.train if (addresses if self.stream is None else self.stream) else None
+
+    @model_validator(mode="after")
+    def _read_one_way(self) -> Shards:
+        if self.streamed is None and self.shuffle is False:
+            raise ValueError("shuffle: false is for shards that are streamed; indexed ones are shuffled whole")
+        if self.stream and self.train is None:
+            raise ValueError("stream: there are no shards of train to stream")
+        if self.streamed is not None and self.train_eval is None:
+            raise ValueError(
+                "train_eval: name a few of the shards of train, too: those that are streamed cannot be looked at, and "
+                "the loss starts from some of them"
+            )
+        return self
 
 
 class Benchmark(_Strict):
@@ -161,6 +187,11 @@ class Data(_Strict):
         if not self.labels and given[0] not in ("folder", "table"):
             raise ValueError(f"labels: false has no meaning for data.{given[0]}; it reads a folder or a table")
         return self
+
+    @property
+    def streamed(self) -> str | list[str] | None:
+        """The shards that are trained on as they come, if there are any."""
+        return self.shards.streamed if isinstance(self.shards, Shards) else None
 
     @property
     def source(self) -> tuple[str, Any]:
@@ -452,6 +483,16 @@ class Recipe(_Strict):
     def _consistent(self) -> Recipe:
         if self.augment not in AUGMENT:
             raise ValueError(f"augment: {self.augment!r} is unknown{_nearest(self.augment, list(AUGMENT))}")
+        if self.data.streamed is not None:
+            if self.loss.chosen[0] not in CONTRASTIVE_LOSSES:
+                raise ValueError(
+                    f"loss.{self.loss.chosen[0]} needs to know all classes, which streamed shards do not tell; use "
+                    "infonce or siglip, or data.shards.stream: false"
+                )
+            if self.sampler.shuffle is None:
+                raise ValueError("sampler: streamed shards come as they are: sampler: {shuffle: {batch_size: 256}}")
+            if self.split.official is None:
+                raise ValueError("split: streamed shards are divided by file: split: {official: {}}")
         monitors = ["map@r", "r_precision", *(f"recall@{k}" for k in self.recall_at), "gap", "f1"]
         if self.loss.chosen[0] in CONTRASTIVE_LOSSES:
             words = [*(f"recall@{k}" for k in self.recall_at), "mrr"]

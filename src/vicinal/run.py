@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from vicinal.data.benchmarks import load_benchmark
@@ -36,6 +37,7 @@ from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, ShuffleSampler
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_open_images, read_shards, read_table, read_voc
 from vicinal.data.splits import official
+from vicinal.data.stream import BUFFER, StreamBatches, StreamPlan
 from vicinal.data.transforms import MultiCrop, TrainTransform, multi_crop, train_transform
 from vicinal.embedding import Precision, autocast_dtype, default_cache, embed, embed_text, pick_device
 from vicinal.evaluation.intervals import mean
@@ -112,7 +114,7 @@ __all__ = [
 
 Say = Callable[[str], None]
 SAME_PICTURE = 0.998  # cosine; bf16 rounds the embedding of one picture in two batches to above .9999
-Batches = ShuffleSampler | NoDuplicateSampler | PKSampler | HardClassSampler
+Batches = StreamPlan | ShuffleSampler | NoDuplicateSampler | PKSampler | HardClassSampler
 PAIRED = 5000  # images of which all pairs are compared at each validation
 
 
@@ -308,6 +310,9 @@ def _train(
     """One training, from the untuned model to `out/model`; the measured images take no part in it. Its facts."""
     _seed(recipe.seed)
     device = pick_device(recipe.device)
+    watched = ground.division.val & _watched(ground.manifest)
+    if watched.any():
+        ground = replace(ground, division=replace(ground.division, val=watched))
     manifest, division, original = ground.manifest, ground.division, ground.original
     train = manifest.where(division.train).compact()
     if recipe.captions.trained == "first":
@@ -326,11 +331,17 @@ def _train(
         say(f"sampler: {less}, {small['single']:,} of them one")
     objective = _objective(encoder, original, train, untuned, sampler, recipe, out)
     counts["aside"] = _trained_aside(objective)
-    kept = _locked(encoder, train, untuned, recipe, say)
+    kept = LockedTowers() if recipe.data.streamed is not None else _locked(encoder, train, untuned, recipe, say)
     transform = None if kept.image is not None else _transform(encoder, recipe)
     steps = _steps(recipe, sampler)
 
+    streams: list[StreamBatches] = []
+
     def batches(start_step: int) -> Iterator[Batch]:
+        if isinstance(sampler, StreamPlan):
+            assert isinstance(transform, TrainTransform)  # a loss of images and captions has no other
+            streams.append(sampler.batches(transform, recipe.workers, start_step, processes.rank, processes.count))
+            return streams[-1]
         drawn = train_batches(
             train,
             transform,
@@ -343,7 +354,7 @@ def _train(
         )
         return kept.fill(drawn)
 
-    first = next(iter(batches(0)))
+    first = Batch() if recipe.data.streamed is not None else next(iter(batches(0)))
     check_adapted(encoder, first["image"][:2] if "image" in first else torch.zeros(2, 3, *encoder.preprocess.size))
     aside = f", {counts['aside']:,} more for the loss alone" if counts["aside"] else ""
     say(f"training: {counts['trained']:,} of {counts['total']:,} parameters{aside}, {steps:,} steps on {device}")
@@ -354,9 +365,12 @@ def _train(
     locked = "image" in locked_towers(encoder)
     watch = _watch(encoder, recipe, ground, val, locked, out) if isinstance(objective, ImageTextObjective) else None
 
+    learnt = manifest.where(division.train & _watched(manifest))
+
     def validate() -> Metrics:
         with teacher():  # of self-distillation it is the teacher that is used in the end
-            return _validate(encoder, val, recipe)
+            seen = _validate(encoder, learnt, recipe) if _has_neighbours(learnt) else {}
+            return {**_validate(encoder, val, recipe), **{f"train/{name}": value for name, value in seen.items()}}
 
     fitted = fit(
         objective.to(device),
@@ -399,13 +413,23 @@ def _train(
         chosen.encoder.save(out / "model")
         between["wise_ft"] = {"weight": chosen.weight, "curve": chosen.curve}
     processes.wait()
+    if streams:
+        left_out = dict(pair for several in processes.gathered(streams[-1].skipped) for pair in several)
+        between["stream"] = {"left_out": len(left_out), "first": [f"{k}: {v}" for k, v in list(left_out.items())[:5]]}
+        if left_out:
+            say(f"stream: {len(left_out):,} samples or shards left out (first: {between['stream']['first'][0]})")
     return _training(fitted, counts, selected) | between
 
 
 def bring(data: Data) -> Manifest:
     """The manifest that a recipe's `data` names."""
     kind, where = data.source
-    if isinstance(where, TrainValTest | Shards):
+    if isinstance(where, Shards):
+        parts = ("train", "val", "test", "train_eval", "val_eval")
+        where = {part: shards for part in parts if (shards := getattr(where, part)) is not None}
+        if data.streamed is not None:
+            where["train"] = where["train_eval"]
+    if isinstance(where, TrainValTest):
         where = {name: path for name, path in where.model_dump().items() if path is not None}
     all_there = data.on_error == "raise"
     match kind:
@@ -984,8 +1008,7 @@ def _contrastive(
     told = train.captions()
     captions = [told[i][0] for i in some.tolist()]
     texts = embed_text(original, captions, device=recipe.device, precision=recipe.precision)
-    batch = max(map(len, sampler.epoch(0)))
-    scale, bias = fit_scale_and_bias(untuned.vectors[some], texts, ids=train.labels()[some], batch=batch)
+    scale, bias = fit_scale_and_bias(untuned.vectors[some], texts, ids=train.labels()[some], batch=sampler.batch_size)
     return SigLIP(scale=scale, bias=bias, **settings)
 
 
@@ -1003,6 +1026,16 @@ def _locked(encoder: Encoder, train: Manifest, untuned: Embeddings, recipe: Reci
 
 
 def _sampler(train: Manifest, untuned: Embeddings, recipe: Recipe) -> Batches:
+    if (streamed := recipe.data.streamed) is not None and isinstance(recipe.data.shards, Shards):
+        size = recipe.sampler.shuffle.batch_size if recipe.sampler.shuffle else 64
+        buffer = BUFFER if recipe.data.shards.shuffle is True else int(recipe.data.shards.shuffle)
+        plan = StreamPlan(streamed, size, recipe.seed, buffer, recipe.data.columns.get("label"))
+        if plan.items is None and recipe.steps is None:
+            raise InputError(
+                "how many samples the shards of data.shards.train have stands nowhere (no shards.json beside them), so "
+                "an epoch has no length: give steps"
+            )
+        return plan
     match recipe.sampler:
         case Sampler(pk=PK() as pk):
             return PKSampler(train.labels(), **pk.model_dump(), seed=recipe.seed)
@@ -1028,6 +1061,12 @@ def _small_classes(sampler: Batches) -> dict[str, int]:
     if not isinstance(sampler, PKSampler | HardClassSampler) or not sampler.repeated:
         return {}
     return {"too_small": sampler.repeated, "single": sampler.singles}
+
+
+def _watched(manifest: Manifest) -> Bool[Tensor, "N"]:
+    """The rows that are to be looked at while training, where the data says which; else none."""
+    named = manifest.column("watched") if "watched" in manifest.names() else [False] * len(manifest)
+    return torch.tensor(named, dtype=torch.bool)
 
 
 def _alike(train: Manifest, by: Sequence[str]) -> list[list[tuple[str, Any]]]:
@@ -1066,10 +1105,15 @@ def _evaluate_every(recipe: Recipe, steps: int, batches: int) -> int:
 
 
 def _watch(encoder: Encoder, recipe: Recipe, ground: _Ground, val: Manifest, locked: bool, out: Path) -> Watch:
-    """Validation and as many of the training's images; of a locked image tower their vectors are known."""
+    """Validation and as many of the training's images, or those that the data names.
+
+    Of a locked image tower their vectors are known.
+    """
     division = ground.division
-    rows = division.train.clone()
-    rows[division.train] = some_of(ground.manifest.where(division.train), len(val))
+    rows = division.train & _watched(ground.manifest)
+    if not rows.any():
+        rows = division.train.clone()
+        rows[division.train] = some_of(ground.manifest.where(division.train), len(val))
     some, untuned = ground.manifest.where(rows), ground.untuned
 
     def train() -> Metrics:

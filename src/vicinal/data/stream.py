@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -33,22 +33,23 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from vicinal.data.images import Cutout, decode_bytes
-from vicinal.data.loader import Transform, default_workers, mixed, one_of
+from vicinal.data.loader import default_workers, mixed, one_of
 from vicinal.data.shards import TRIES, Patterns, expand, image_kind, kinds_of, opened, recorded, said
 from vicinal.data.transforms import EvalTransform, TrainTransform
 from vicinal.types import Batch, InputError
 
-__all__ = ["BUFFER", "StreamBatches", "stream_batches", "stream_once"]
+__all__ = ["BUFFER", "StreamBatches", "StreamPlan", "stream_batches", "stream_once"]
 
 BUFFER = 5000  # samples that are shuffled at a time: 75 MB a worker of photos of 256 pixels (15 kB each)
 BARREN = 100  # batches in a row without one usable sample, after which something else is wrong
 
 Sample = Mapping[str, Any]
+Transform = Callable[[UInt8[Tensor, "3 H W"]], Float[Tensor, "3 h w"]]
 
 
 class _Streamed(NamedTuple):
@@ -191,8 +192,8 @@ class _Reader(IterableDataset[_Streamed]):
         with torch.random.fork_rng(devices=[]):
             for epoch, sample in drawn:
                 name = f"{sample['__url__']}/{sample['__key__']}"
-                place = "/".join(name.rsplit("/", 2)[-2:])  # where the shards lie makes no difference
-                seed = mixed(how.seed, epoch, _number(place)) if how.endless else None
+                short = "/".join(name.rsplit("/", 2)[-2:])  # where the shards lie makes no difference
+                seed = mixed(how.seed, epoch, _number(short)) if how.endless else None
                 try:
                     view, text, label = self._one(sample, name, seed)
                 except (InputError, ValueError) as error:
@@ -304,6 +305,53 @@ def _as_is(made: Any) -> Any:  # noqa: ANN401  (torch's type for it is a list, w
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """What is trained on, before it is known by whom: it has the length of a sampler, and gives a stream.
+
+    Args:
+        shards: see `expand`.
+        batch_size: of all processes together.
+        seed: of the order, the captions drawn and the augmentation.
+        shuffle: samples in the buffer of each worker.
+        identity: a value of the `.json` that makes samples one item.
+    """
+
+    shards: Patterns
+    batch_size: int
+    seed: int
+    shuffle: int = BUFFER
+    identity: str | None = None
+
+    @property
+    def items(self) -> int | None:
+        """How many samples there are; None where that is not recorded."""
+        found = expand(self.shards)
+        counts = _counted(found)
+        return sum(counts.values()) if len(counts) == len(found) else None
+
+    def __len__(self) -> int:
+        """Batches an epoch; 1 where that is not known."""
+        return max((self.items or 0) // self.batch_size, 1)
+
+    def batches(
+        self, transform: Transform, workers: int | None, start_step: int, rank: int, world_size: int
+    ) -> StreamBatches:
+        """See `stream_batches`."""
+        return stream_batches(
+            self.shards,
+            transform,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            identity=self.identity,
+            workers=workers,
+            start_step=start_step,
+            rank=rank,
+            world_size=world_size,
+        )
 
 
 def stream_batches(
