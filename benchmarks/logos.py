@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[43, 44, 45])
+    parser.add_argument("--train-only", action="store_true", help="do not look at the test brands")
     parser.add_argument(
         "--develop", action="store_true", help="one run on training brands alone, to choose settings by"
     )
