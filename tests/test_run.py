@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import vicinal.run
 from pictures import write_csv, write_folder
 from vicinal.data.manifest import Manifest
 from vicinal.embedding import embed
@@ -372,3 +373,26 @@ def test_groups_are_no_negatives_only_where_they_hold_whole_classes(groups: str,
     labels = ["x-1", "x-2", "y-1", "y-2"] if kept else ["x", "x", "y", "y"]
     rows = {"image": [f"{i}.png" for i in range(4)], "label": labels, "group": list(groups)}
     assert _nested(Manifest.build(rows, ".")) is kept
+
+
+@pytest.mark.parametrize("kind", ["brands", "photographers"])
+def test_pair_losses_see_groups_of_whole_classes_alone(
+    kind: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["image,label,group"]
+    for folder in sorted(photos.iterdir()):
+        for i, image in enumerate(sorted(folder.iterdir())):
+            rows.append(f"{image},{folder.name},{folder.name.split('-')[0] if kind == 'brands' else i % 3}")
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    seen: list[tuple[str, ...]] = []
+    whole = vicinal.run.train_batches
+
+    def watched(train: Manifest, *more: object, **settings: object) -> object:
+        seen.append(train.names())
+        return whole(train, *more, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("vicinal.run.train_batches", watched)
+    pairs = {"loss": {"ntxent": {}}, "sampler": {"pk": {"classes": 4, "images_per_class": 2}}}
+    run(recipe(data={"table": str(tmp_path / "t.csv")}, **pairs), tmp_path / "run", say=lambda _: None)
+    assert seen
+    assert all(("group" in names) is (kind == "brands") for names in seen)
