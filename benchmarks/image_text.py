@@ -3,7 +3,7 @@ r"""Image-text tuning on small real data: tables, a base model, and what tuning 
     python benchmarks/image_text.py tables --data DATA --out TABLES     # four data sets -> images and captions
     vicinal train recipes/lit.yaml data.table=TABLES/base.parquet data.root=DATA out=BASE \
         model=timm:vit_tiny_patch16_224@WEIGHTS preprocess.size=112
-    python benchmarks/image_text.py study --tables TABLES --data DATA --base BASE/model --out RUNS [CELL ...]
+    python benchmarks/image_text.py study --tables TABLES --data DATA --base BASE --out RUNS [CELL ...]
     python benchmarks/image_text.py show --out RUNS
 
 DATA holds the folders `emoji`, `brand_logos`, `grocery` and `clothing`, each with a `table.csv`.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+
+from vicinal.recipe import Recipe, apply_override
+from vicinal.run import run
 
 Row = dict[str, Any]
 
@@ -135,12 +139,24 @@ def clothing_sender(data: Path) -> Iterable[Row]:
         yield row | {"split": "train" if place < 60 else "val" if place < 70 else "test"}
 
 
+def known(data: Path, name: str) -> Iterable[Row]:
+    """What the base model learnt by heart, to see what tuning makes it forget: some of its training pictures."""
+    for row in base(data):
+        if row["split"] == "train" and row["data"] == name and bucket(row["image"], "probe") < PROBED[name]:
+            yield row | {"split": "test"}
+
+
+PROBED = {"emoji": 45, "brand_logos": 30}
+"""Per cent of the training pictures."""
+
 TABLES = {
     "base": base,
     "emoji_fx": emoji_fx,
     "brand_titles": brand_titles,
     "grocery_texts": grocery_texts,
     "clothing_sender": clothing_sender,
+    "known_emoji": lambda data: known(data, "emoji"),
+    "known_brands": lambda data: known(data, "brand_logos"),
 }
 COLUMNS = ("image", "label", "text", "captions", "split", "data")
 
@@ -155,15 +171,112 @@ def write_tables(data: Path, out: Path) -> None:
         print(f"{name}: " + ", ".join(f"{part} {parts[part]:,} images of {items[part]:,} items" for part in parts))
 
 
+LOSSES = ("infonce", "siglip")
+DRAWN = {"any": "a caption drawn at each look", "first": "one caption"}
+
+
+def cells() -> dict[str, dict[str, Any]]:
+    """Name -> what differs, the headline first; brands and garments have no captions that say more than their name."""
+    found = {}
+    for trained in ("any", "first"):
+        for loss in LOSSES:
+            for name in ("emoji_fx", "grocery_texts", "brand_titles", "clothing_sender"):
+                if trained == "any" or name in ("emoji_fx", "grocery_texts"):
+                    found[f"{name}-{loss}-{trained}"] = {"table": name, "loss": loss, "trained": trained}
+    return found
+
+
+def recipe(cell: dict[str, Any], tables: Path, data: Path, model: str, seeds: int, changes: list[str]) -> Recipe:
+    """The recipe of a cell: the whole text tower and low ranks of the image tower, 112 px, few steps."""
+    probe = "known_brands" if cell["table"] == "emoji_fx" else "known_emoji"
+    content: dict[str, Any] = {
+        "data": {"table": str(tables / f"{cell['table']}.parquet"), "root": str(data), "leaks": "drop"},
+        "split": {"official": {}},
+        "model": model,
+        "adapt": [{"full": {"tower": "text"}}, {"lora": {"rank": 8}}],
+        "loss": {cell["loss"]: {}},
+        "captions": {"trained": cell["trained"]},
+        "sampler": {"shuffle": {"batch_size": 64}},
+        "augment": "logo" if cell["table"] in ("emoji_fx", "brand_titles") else "light",
+        "lr": 1e-3,
+        "steps": 60,
+        "evaluate_every": 30,
+        "monitor": "full/mean_recall",
+        "probe": {"data": {"table": str(tables / f"{probe}.parquet"), "root": str(data)}},
+        "shots": [1],
+        "draws": 2,
+        "seeds": seeds,
+        "workers": 0,
+        "trackers": [],
+    }
+    for change in changes:
+        apply_override(content, change)
+    return Recipe.parse(content)
+
+
+def study(given: argparse.Namespace) -> None:
+    chosen = given.cells or list(cells())
+    for name in chosen:
+        out = given.out / name
+        if (out / "results.json").exists():
+            continue
+        made = recipe(cells()[name], given.tables, given.data, str(given.base), given.seeds, given.change)
+        run(made, out, resume="last" if out.exists() else None)
+
+
+def show(out: Path) -> None:
+    """One line for each cell, part and metric: before, after, difference, with intervals over items and seeds."""
+    metrics = ["accuracy@0shot"] + [f"full/{way}_recall@{k}" for way in WAYS for k in (1, 5, 10)]
+    metrics += [f"full/{way}_{name}" for way in WAYS for name in ("mrr", "median_rank")]
+    for path in sorted(out.glob("*/results.json")):
+        results = json.loads(path.read_text())
+        print(f"\n{path.parent.name}, seeds {[row['seed'] for row in results.get('seeds', [])] or results['seed']}")
+        for part, measured in results["after"].items():
+            for metric in metrics:
+                before, after = results["before"][part].get(metric), measured.get(metric)
+                change = results["difference"][part].get(metric)
+                if after is None:
+                    continue
+                relative = f" {after['value'] / before['value'] - 1:+.0%}" if before["value"] else ""
+                print(f"  {part} {metric}: {said(before)} -> {said(after)}, {said(change)}{relative}, n={after['n']}")
+        if "probe" in results:
+            one = {side: found["accuracy@0shot"] for side, found in results["probe"].items()}
+            print(f"  probe: {said(one['before'])} -> {said(one['after'])}, kept {said(one['kept'])}")
+
+
+WAYS = ("image_to_text", "text_to_image")
+
+
+def said(estimate: dict[str, Any] | None) -> str:
+    if estimate is None:
+        return "-"
+    ends = "" if estimate["low"] is None else f" [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return f"{estimate['value']:.3f}{ends}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     tables = verbs.add_parser("tables")
-    tables.add_argument("--data", type=Path, required=True)
-    tables.add_argument("--out", type=Path, required=True)
+    studied = verbs.add_parser("study")
+    studied.add_argument("cells", nargs="*", help=", ".join(cells()))
+    studied.add_argument("--tables", type=Path, required=True)
+    studied.add_argument("--base", type=Path, required=True)
+    studied.add_argument("--seeds", type=int, default=3)
+    studied.add_argument("--change", action="append", default=[], help="KEY=VALUE of the recipe")
+    for verb in (tables, studied):
+        verb.add_argument("--data", type=Path, required=True)
+    shown = verbs.add_parser("show")
+    for verb in (tables, studied, shown):
+        verb.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    if given.verb == "tables":
-        write_tables(given.data, given.out)
+    match given.verb:
+        case "tables":
+            write_tables(given.data, given.out)
+        case "study":
+            study(given)
+        case _:
+            show(given.out)
 
 
 if __name__ == "__main__":

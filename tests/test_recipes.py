@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pictures import COLOURS, SHAPES, draw, write_folder
 from test_data_benchmarks import flowers as flowers_miniature
 from test_data_benchmarks import shrunk
 from test_data_voc import annotate, paint
 from tiny_encoders import clip_of
+from vicinal.data.manifest import Manifest
+from vicinal.data.shards import write_shards
+from vicinal.models.adapters import LoRA, adapt
 from vicinal.models.backbones import load_encoder
 from vicinal.recipe import Recipe
 from vicinal.run import run
@@ -27,6 +32,7 @@ PARTS = {
     "flowers": {"seen", "unseen", "joint"},
     "flowers_all": {"all"},
     "nano": {"seen", "unseen", "joint"},
+    "fashion": {"unseen"},
     "lit": {"unseen"},
     "logos": {"unseen"},
     "logos_jetson": {"unseen"},
@@ -104,6 +110,112 @@ def test_lit_trains_a_new_text_tower_and_nothing_else(tmp_path: Path) -> None:
     assert results["difference"]["unseen"]["map@r"]["value"] == 0
     assert results["difference"]["unseen"]["full/text_to_image_mrr"]["value"] != 0
     assert Recipe.load(out / "recipe.yaml") == recipe
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve products of six views, three captions each, in shards: six to train on, two to select, four to test."""
+    root = tmp_path_factory.mktemp("shop")
+    files = sorted(write_folder(root / "photos").rglob("*.png"))
+    products = sorted({file.parent.name for file in files})
+    for part, (start, end) in {"train": (0, 6), "val": (6, 8), "test": (8, 12)}.items():
+        mine = [file for file in files if products.index(file.parent.name) in range(start, end)]
+        rows = {
+            "image": [str(file.relative_to(root)) for file in mine],
+            "product_id": [products.index(file.parent.name) for file in mine],
+            "category": [file.parent.name.split("-")[0] for file in mine],
+            "text": [file.parent.name for file in mine],
+            "captions": [[file.parent.name, f"one {file.parent.name}", f"{file.parent.name} again"] for file in mine],
+        }
+        write_shards(Manifest.build(pa.table(rows), root), root / "shards" / f"{part}_%06d.tar", items=12, workers=0)
+    return root / "shards"
+
+
+def clip_b(folder: Path) -> str:
+    """ViT-B-32 and ViT-B-16 in small: open_clip's own tower, causal texts, a softmax scale."""
+    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+    text = {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
+    return saved_open_clip(folder, {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
+
+
+def siglip2(folder: Path) -> str:
+    """ViT-B-16-SigLIP2-256 in small: timm's tower with attention pooling, texts that see both ways, scale and bias."""
+    real = open_clip.get_model_config("ViT-B-16-SigLIP2-256")
+    config = json.loads(json.dumps(real)) | {"embed_dim": 64}
+    config["vision_cfg"] |= {"image_size": 160, "timm_model_name": "test_vit"}
+    config["text_cfg"] |= {"context_length": 12, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    del config["text_cfg"]["hf_tokenizer_name"], config["text_cfg"]["tokenizer_kwargs"]
+    return saved_open_clip(folder, config)
+
+
+def saved_open_clip(folder: Path, config: dict[str, object]) -> str:
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    uri = f"open_clip:local-dir:{folder}"
+    torch.manual_seed(0)
+    save_file(load_encoder(uri, random_init=True).model.state_dict(), folder / "open_clip_model.safetensors")
+    return uri
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "captions"), [(clip_b, "infonce", "any"), (clip_b, "siglip", "first"), (siglip2, "siglip", "any")]
+)
+def test_fashion(model: Callable[[Path], str], loss: str, captions: str, shop: Path, tmp_path: Path) -> None:
+    """The models in small, both losses, augmented and not, from shards by pattern, with what the head says."""
+    shards = [f"data.shards.{part}={shop}/{part}_{{000000..{n:06d}}}.tar" for part, n in PARTS_OF_SHOP.items()]
+    words = [f"model={model(tmp_path / 'model')}", f"loss.{loss}={{}}", f"captions.trained={captions}"]
+    small = ["sampler.no_duplicate.batch_size=4", "micro_batch=2", "epochs=1", "evaluate_every=2"]
+    small += ["patience=null", "preprocess.size=32"]
+    fast = ["workers=0", "device=cpu", "trackers=[]", "draws=2", "cache=null"]
+    recipe = Recipe.load(RECIPES["fashion"], [*shards, *words, *small, *fast])
+    out = run(recipe, tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["after"]) == PARTS["fashion"]
+    found = results["after"]["unseen"]
+    assert all(f"{protocol}/image_to_text_recall@10" in found for protocol in ("full", "sampled100", "index"))
+    assert found["full/image_to_text_mrr"]["queries"] == 24, "every picture of the four products"
+    assert found["full/text_to_image_mrr"]["queries"] == 4, "each text once"
+    assert found["index/image_to_text_recall_ceiling@1"]["value"] == pytest.approx(1 / 6)
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    step = next(row for row in rows if "scale" in row)
+    assert ("bias" in step) == (loss == "siglip")
+    if model is siglip2:
+        assert step["bias"] == pytest.approx(-10, abs=0.01), "the model's own"
+    assert any("full/mean_recall" in row.get("val", {}) for row in rows)
+    assert load_encoder(out / "model").embedding_dim == (64 if model is siglip2 else 24)
+
+
+PARTS_OF_SHOP = {"train": 2, "val": 0, "test": 1}
+"""The number of the last shard of each."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "width", "size", "context"),
+    [
+        ("ViT-B-32/laion2b_s34b_b79k", 512, 224, 77),
+        ("ViT-B-16/laion2b_s34b_b88k", 512, 224, 77),
+        ("ViT-B-16-SigLIP2-256/webli", 768, 256, 64),
+    ],
+)
+def test_the_three_models_of_fashion_at_their_real_size(name: str, width: int, size: int, context: int) -> None:
+    """Random weights, the real architectures and preprocessing; LoRA reaches both towers."""
+    encoder = load_encoder(f"open_clip:{name}", random_init=True)
+    siglip = "SigLIP" in name
+    assert (encoder.embedding_dim, encoder.preprocess.size, encoder.context_length) == (width, (size, size), context)
+    assert encoder.preprocess.crop == ("squash" if siglip else "crop")
+    assert encoder.preprocess.mean[0] == pytest.approx(0.5 if siglip else 0.48145466)
+    assert encoder.logit_bias == (pytest.approx(-10) if siglip else None)
+    assert encoder.anatomy.text is not None
+    assert (len(encoder.anatomy.image.blocks), len(encoder.anatomy.text.blocks)) == (12, 12)
+    with torch.no_grad():
+        assert encoder.encode_image(torch.zeros(1, 3, size, size)).shape == (1, width)
+        tokens = torch.zeros(1, context, dtype=torch.long)  # the tokenizer of SigLIP 2 is on the Hub
+        assert encoder.family.encode_text is not None
+        assert encoder.family.encode_text(encoder.model, tokens).shape == (1, width)
+    tuned = adapt(encoder, LoRA(rank=2, tower="both"))
+    towers = {"visual" if "visual" in n else "text" for n, p in tuned.named_parameters() if p.requires_grad}
+    assert towers == {"visual", "text"}
 
 
 @pytest.mark.slow
