@@ -329,8 +329,5 @@ def test_overlap(name: str, tmp_path: Path) -> None:
     assert set(results["after"]) == PARTS[name]
     assert set(results["overlap"]["difference"]) == {"mine"}
     assert results["training"]["steps"] == 3
-    name_of = (
-        "down" if "dino" in name else "up"
-    )  # one that has moved: at a start from zero, dino's first steps are small
     weights = load_file(out / "model" / "model.safetensors")
-    assert any(value.any() for key, value in weights.items() if f"bottleneck.{name_of}.weight" in key)
+    assert any(value.any() for key, value in weights.items() if "bottleneck.up.weight" in key)

@@ -16,6 +16,7 @@ from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder, read_open_images
 from vicinal.evaluation.overlap import overlap
 from vicinal.models.backbones import load_encoder
+from vicinal.overlap import measure_overlap
 from vicinal.recipe import Recipe, apply_override
 from vicinal.run import bring, load_scores, run
 from vicinal.types import Embeddings, InputError
@@ -61,6 +62,8 @@ def test_images_without_labels_are_trained_on_and_others_measured(generic: Path,
         {**SMALL, "data": {"folder": str(generic), "labels": False}, "split": {"all": {}}, "loss": DINO}
         | {"elsewhere": {"photos": {"folder": str(photos)}}, "augment": "dino", "clip": None, "clip_each": 0.3}
         | {"final_weight_decay": 0.4, "weight_decay": 0.04}
+        | {"model": str(load_encoder("timm:test_vit", size=32, random_init=True).save(tmp_path / "untuned"))}
+        | {"random_init": False}
     )
     out = run(recipe, tmp_path / "run", say=quiet)
     results = json.loads((out / "results.json").read_text())
@@ -80,6 +83,20 @@ def test_images_without_labels_are_trained_on_and_others_measured(generic: Path,
     up = load_encoder(str(out)).model.get_submodule("blocks.0.bottleneck.up").weight
     assert 0 < up.abs().max() < 4 * 0.01 / 2
     assert Recipe.load(out / "recipe.yaml") == recipe
+
+    lines: list[str] = []
+    made = measure_overlap(str(out), [photos], tmp_path / "overlap", device="cpu", say=lines.append)
+    told = json.loads((made / "overlap.json").read_text())["photos"]
+    assert told["after"]["overlap"] == results["overlap"]["after"]["photos"]["overlap"]
+    assert told["difference"]["auroc"]["value"] == pytest.approx(change["auroc"]["value"])
+    assert any(line.split()[:2] == ["photos", "overlap"] and "->" in line for line in lines)
+    with Image.open(made / "overlap.png") as picture:
+        assert picture.size[0] > 300
+    with pytest.raises(InputError, match="--before MODEL"):
+        measure_overlap(str(out / "model"), [photos], tmp_path / "again")
+    (out / "recipe.yaml").write_text(Recipe.parse(recipe.model_dump() | {"random_init": True}).to_yaml())
+    with pytest.raises(InputError, match="began with random weights"):
+        measure_overlap(str(out), [photos], tmp_path / "again")
 
 
 def test_a_throw_away_head_on_several_sources(photos: Path, tmp_path: Path):

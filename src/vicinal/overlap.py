@@ -63,8 +63,6 @@ def measure_overlap(
     brought = {_name(source): bring_path(source)[1] for source in sources}
     if len(brought) < len(sources):
         raise InputError("two sources have one name; give folders or tables of different names")
-    if bare := [name for name, manifest in brought.items() if not manifest.classes]:
-        raise InputError(f"{bare[0]} has no labels, and overlap is of images of one class and of several")
     models = _open(model, before, size)
     out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
@@ -91,7 +89,10 @@ def _open(model: str, before: str | None, size: int | None) -> _Models:
         return _Models(open_uri(before, size=size or after.preprocess.size[0]), after)
     if not kept.is_file():
         raise InputError(f"{model} is no run folder, so name what it is to be compared with: --before MODEL")
-    return _Models(open_model(Recipe.load(kept)), after)
+    recipe = Recipe.load(kept)
+    if recipe.random_init:
+        raise InputError(f"{model} began with random weights, which are gone; name another beginning: --before MODEL")
+    return _Models(open_model(recipe), after)
 
 
 def _name(source: str | Path) -> str:
