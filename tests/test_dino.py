@@ -282,7 +282,7 @@ def test_a_collapse_is_an_error(kind: str):
 # ------------------------------------------------------------------------------------------------------------- the loop
 
 
-def train(one: SelfDistillation, out: Path, steps: int, until: int | None = None, resume: str | None = None) -> None:
+def train(one: SelfDistillation, out: Path, steps: int, until: int | None = None, **settings: str | int) -> None:
     optimizer = build_optimizer("adamw", parameter_groups(one, lr=1e-2, weight_decay=0.04))
     clip_each(optimizer, 0.3)
     one.follow(optimizer)
@@ -307,7 +307,7 @@ def train(one: SelfDistillation, out: Path, steps: int, until: int | None = None
         progress=False,
         log_every=1,
         checkpoint_every=2,
-        resume=resume,
+        **settings,  # type: ignore[arg-type]
     )
 
 
@@ -328,6 +328,16 @@ def test_a_stopped_training_goes_on_exactly(tmp_path: Path, method: Bottleneck |
     rows = [json.loads(line) for line in (tmp_path / "whole" / "history.jsonl").read_text().splitlines()]
     assert {"teacher_entropy", "centre_norm", "information"} <= rows[-1].keys()
     assert all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_micro_batches_have_the_gradients_of_the_whole(tmp_path: Path):
+    ends = []
+    for name, settings in (("whole", {}), ("parts", {"micro_batch": 4})):
+        one = objective(3, momentum=0.5)
+        train(one, tmp_path / name, 3, **settings)
+        ends.append({key: value.detach().clone() for key, value in one.state_dict().items()})
+    for key, value in ends[0].items():
+        assert torch.allclose(value, ends[1][key], atol=1e-5), key
 
 
 def test_rates_and_decays_go_where_they_should():
