@@ -305,6 +305,13 @@ def test_names_come_from_a_column_and_must_be_there(styles: Path, tmp_path: Path
     named.write_text(text)
     by_name = table(named, tmp_path / "a", "shots=1", "seeds=1", "methods=zero_shot", "names=title", "templates={}")
     assert by_name["settings"]["names"] == "title"
+    other = styles.with_name("other.csv")
+    other.write_text(text.replace("image,label", "file,kind", 1))
+    again = table(
+        other, tmp_path / "b", "shots=1", "seeds=1", "methods=zero_shot", "names=title", "templates={}",
+        "columns.image=file", "columns.label=kind",
+    )  # fmt: skip
+    assert [c["accuracy"] for c in again["cells"]] == [c["accuracy"] for c in by_name["cells"]]
     with pytest.raises(InputError, match="no column 'nickname'"):
         table(named, tmp_path / "x", "shots=1", "names=nickname")
 

@@ -79,6 +79,7 @@ class Settings(BaseModel):
         views_mode: "mean" averages the views' raw vectors (Tip-Adapter, Tip-X, APE); "stack" keeps every view (GDA).
         augment: of the views.
         text: false leaves class names away, though the model reads text.
+        columns: the names that vicinal uses -> those of the table: `columns.label=brand`.
         names: the column that says what a class is called in prompts; None: `name` where there is one, else the label.
         templates: prompts with `{}` for the name, or a data set of `vicinal.data.templates.TEMPLATES`. None: those of
             the benchmark, else "a photo of a {}.".
@@ -117,6 +118,7 @@ class Settings(BaseModel):
     views_mode: Literal["mean", "stack"] = "mean"
     augment: str = "standard"
     text: bool = True
+    columns: dict[str, str] = {}
     names: str | None = None
     templates: list[str] | str | None = None
     logit_scale: Annotated[float, Field(gt=0)] | None = None
@@ -299,7 +301,7 @@ def bring_source(source: str | Path, settings: Settings) -> tuple[str, str, Mani
         name = data.source[1].name if kind == "benchmark" else path.stem
         manifest = bring(data)
     else:
-        kind, manifest = bring_path(path)
+        kind, manifest = bring_path(path, settings.columns)
         name = path.parent.name if path.stem in ("table", "train") and path.parent.name else path.stem
     if not manifest.classes:
         raise InputError(f"{source} has no labels, and few-shot heads learn from them; give a column label")
