@@ -259,6 +259,8 @@ def test_a_shift_is_asked_about_with_the_same_head(styles: Path, tmp_path: Path)
     assert len({json.dumps(selection) for selection in of.values()}) == 1
     held_out = table(styles, tmp_path / "b", "shots=1", "seeds=1", "methods=gda", "group=sender")
     manifest = bring_source(styles, Settings())[2]
+    divided = Task.of(manifest, Settings.parse(["shift=style", "source=plain"]))
+    assert not (divided.pool & torch.stack(list(divided.parts.values())).any(0)).any()
     task = Task.of(manifest, Settings.parse(["group=sender"]))
     senders = manifest.column("sender")
     asked = {s for s, m in zip(senders, task.parts["test"].tolist(), strict=True) if m}
@@ -325,7 +327,7 @@ def test_the_same_picture_on_two_sides(photos: Path, tmp_path: Path):
     with pytest.raises(InputError, match=r"could hold \d query images: the same pixels stand in .*leaks=drop"):
         table(copy, tmp_path / "x", "shots=1")
     found = table(copy, tmp_path / "a", "shots=1", "seeds=1", "leaks=drop", "methods=nearest_prototype")
-    assert any("not drawn from: the same pixels" in note for note in found["data"]["notes"])
+    assert any("not drawn: the same pixels" in note for note in found["data"]["notes"])
 
 
 def test_too_few_images_and_empty_classes_are_named(photos: Path, styles: Path, tmp_path: Path):

@@ -220,6 +220,7 @@ def fewshot(model: str, source: str | Path, settings: Settings, out: str | Path,
     out = Path(out).expanduser()
     name, kind, manifest = bring_source(source, settings)
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
+    data = {"name": settings.data or name, "images": len(manifest), "classes": len(manifest.classes)}
     task = Task.of(manifest, settings, published=kind == "benchmark" and name.startswith(("coop_", "imagenet")))
     also = {}
     for other in settings.also:
@@ -242,28 +243,22 @@ def fewshot(model: str, source: str | Path, settings: Settings, out: str | Path,
     if len(adapters) < len(settings.adapter):
         raise InputError("adapter: two of them have one name; give folders of different names")
     say("embedding: frozen")
-    frozen = _Space(embed(encoder, manifest, **_embedding(settings)).vectors, encoder, None)
-    task = task.without_leaks(manifest, frozen.plain, settings, say)
-    draws = task.draws(settings)
+    vectors, task, draws = _drawn(encoder, manifest, task, settings, say)
+    data |= {"pool": int(task.pool.sum()), "val": int(task.val.sum())}
+    data |= {"parts": {part: int(mask.sum()) for part, mask in task.parts.items()}, "notes": list(task.notes)}
+    needed = task.needed(draws)  # of a million rows, a few thousand
+    manifest, task = manifest.where(needed), task.within(needed)
+    draws = {key: (shots[needed], val[needed]) for key, (shots, val) in draws.items()}
     drawn = torch.stack([shots for shots, _ in draws.values()]).any(0)
-    spaces = {"": frozen.complete(manifest, drawn, also, settings)}
+    spaces = {"": _Space(vectors, encoder, None).complete(manifest, drawn, also, settings)}
     for adapter, path in adapters.items():
         say(f"embedding: {adapter}")
         spaces[adapter] = _Space.adapted(path, manifest, settings).complete(manifest, drawn, also, settings)
 
-    labels = _Names(settings.model or _short(model), name)
+    labels = _Names(settings.model or _short(model), str(data["name"]))
     cells = list(_cells(labels, manifest, methods, spaces, task, draws, also, texts, transferred, settings, say))
     results = {
-        "data": {
-            "name": name,
-            "images": len(manifest),
-            "classes": len(manifest.classes),
-            "pool": int(task.pool.sum()),
-            "val": int(task.val.sum()),
-            "parts": {part: int(mask.sum()) for part, mask in task.parts.items()},
-            "also": {part: len(more) for part, more in also.items()},
-            "notes": list(task.notes),
-        },
+        "data": data | {"also": {part: len(more) for part, more in also.items()}},
         "model": {"source": encoder.source, "licence": encoder.licence, "text": texts is not None},
         "settings": settings.model_dump(mode="json"),
         "few_shot": settings.policy != "full_val",
@@ -310,7 +305,7 @@ def bring_source(source: str | Path, settings: Settings) -> tuple[str, str, Mani
         manifest = manifest.where(sizes[manifest.labels()] >= settings.min_images)
         if not len(manifest):
             raise InputError(f"min_images={settings.min_images} leaves no class; the largest has {sizes.max()} images")
-    return settings.data or name, kind, manifest.compact()
+    return name, kind, manifest.compact()
 
 
 def _data_of(path: Path) -> Data:
@@ -324,6 +319,10 @@ def _data_of(path: Path) -> Data:
         raise InputError(f"{path} is no recipe with a key data ({error})") from error
     except ValidationError as error:
         raise InputError(f"{path}: {_explain(error)}") from None
+
+
+Draws = dict[tuple[int, int], tuple[Bool[Tensor, "N"], Bool[Tensor, "N"]]]
+"""(K, seed) -> the support rows, and the validation rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +393,7 @@ class Task:
         take = settings.fewer == "take" or (settings.fewer is None and published)
         return cls(labels, tuple(manifest.column("image")), manifest.classes, pool, val, parts, take, tuple(notes))
 
-    def draws(self, settings: Settings) -> dict[tuple[int, int], tuple[Bool[Tensor, "N"], Bool[Tensor, "N"]]]:
+    def draws(self, settings: Settings) -> Draws:
         """(K, seed) -> the support rows and the validation rows.
 
         Raises:
@@ -454,39 +453,77 @@ class Task:
             found.append(mask & (self.pool | self.val))  # without what leaks took out
         return found[0], found[1]
 
-    def without_leaks(self, manifest: Manifest, vectors: Float[Tensor, "N D"], settings: Settings, say: Say) -> Task:
-        """The same picture must not be a query and a support image, nor a validation image and either.
+    def needed(self, draws: Draws) -> Bool[Tensor, "N"]:
+        """The rows that are drawn, looked at or asked about in some cell."""
+        return torch.stack([*self.parts.values(), *(mask for both in draws.values() for mask in both)]).any(0)
+
+    def within(self, rows: Bool[Tensor, "N"]) -> Task:
+        """The same task in the manifest that `where(rows)` gives."""
+        images = tuple(self.images[i] for i in rows.nonzero().flatten().tolist())
+        parts = {name: mask[rows] for name, mask in self.parts.items()}
+        return replace(
+            self, labels=self.labels[rows], images=images, pool=self.pool[rows], val=self.val[rows], parts=parts
+        )
+
+    def without_leaks(
+        self, manifest: Manifest, draws: Draws, vectors: Float[Tensor, "n D"], settings: Settings
+    ) -> Task:
+        """Not to be drawn or looked at: rows whose picture is asked about. The same task, where there is none.
 
         Equal pixels have equal vectors up to rounding, so only pictures with such a neighbour are opened.
+
+        Args:
+            manifest: N rows.
+            draws: of this task.
+            vectors: of the rows that the draws need.
+            settings: of the table.
 
         Raises:
             InputError: there are such pictures, and `leaks` is "raise".
         """
+        needed = self.needed(draws)
         asked = torch.stack(list(self.parts.values())).any(0)
+        shown = needed & ~asked
         unit = F.normalize(vectors, dim=1)
-        alike = topk(unit, unit, 1, exclude=torch.arange(len(unit)))[0][:, 0] > SAME_PICTURE
-        sides = {"test": asked & alike, "val": self.val & ~asked & alike, "train": self.pool & alike}
-        files = np.array(manifest.column("image"))
-        gone = torch.zeros_like(asked)
-        while found := find_leaks(manifest, {name: mask & ~gone for name, mask in sides.items()}):
-            if settings.leaks == "raise":
-                pairs = "; ".join(f"{a.file} ({a.part}) and {a.other} ({a.other_part})" for a in found[:3])
-                raise InputError(
-                    f"the support set could hold {len(found)} query images: the same pixels stand in {pairs}. "
-                    "`vicinal check` lists all that are in the data twice; remove one of each, or say leaks=drop"
-                )
-            for leak in found:
-                of = {leak.part: leak.file, leak.other_part: leak.other}
-                part = next(name for name in ("train", "val") if name in of)
-                gone |= torch.from_numpy(files == of[part]) & sides[part]
-        if not gone.any():
+        near = {True: unit[asked[needed]], False: unit[shown[needed]]}
+        sides = {"asked about": asked.clone(), "drawn from": shown.clone()}
+        for is_asked, mask in ((True, sides["asked about"]), (False, sides["drawn from"])):
+            mask[mask.clone()] = topk(near[is_asked], near[not is_asked], 1)[0][:, 0] > SAME_PICTURE
+        found = find_leaks(manifest, sides)
+        if not found:
             return self
-        note = f"{int(gone.sum())} images are not drawn from: the same pixels are asked about"
-        say(note)
+        if settings.leaks == "raise":
+            pairs = "; ".join(f"{a.file} ({a.part}) and {a.other} ({a.other_part})" for a in found[:3])
+            raise InputError(
+                f"the support set could hold {len(found)} query images: the same pixels stand in {pairs}. "
+                "`vicinal check` lists all that are in the data twice; remove one of each, or say leaks=drop"
+            )
+        twice = [leak.file if leak.part == "drawn from" else leak.other for leak in found]
+        gone = torch.from_numpy(np.isin(np.array(self.images), twice)) & sides["drawn from"]
         pool = self.pool & ~gone
         have = torch.bincount(self.labels[pool], minlength=len(self.classes))
         parts = {name: mask & (have[self.labels] > 0) for name, mask in self.parts.items()}
-        return replace(self, pool=pool, val=self.val & ~gone, parts=parts, notes=(*self.notes, note))
+        return replace(self, pool=pool, val=self.val & ~gone, parts=parts)
+
+
+def _drawn(
+    encoder: Encoder, manifest: Manifest, task: Task, settings: Settings, say: Say
+) -> tuple[Float[Tensor, "n D"], Task, Draws]:
+    """The vectors of the rows that the draws need, none of which is drawn and asked about under two names."""
+    before = task
+    while True:
+        draws = task.draws(settings)
+        vectors = embed(encoder, manifest.where(task.needed(draws)), **_embedding(settings)).vectors
+        cleaned = task.without_leaks(manifest, draws, vectors, settings)
+        if cleaned is task:
+            break
+        task = cleaned  # and drawn again
+    gone = int((before.pool & ~task.pool).sum() + (before.val & ~task.val).sum())
+    if gone:
+        note = f"{gone} images are not drawn: the same pixels are asked about"
+        say(note)
+        task = replace(task, notes=(*task.notes, note))
+    return vectors, task, draws
 
 
 def _official(manifest: Manifest) -> dict[str, Bool[Tensor, "N"]]:
@@ -716,7 +753,7 @@ def _cells(
     methods: Mapping[str, Head],
     spaces: Mapping[str, _Space],
     task: Task,
-    draws: Mapping[tuple[int, int], tuple[Tensor, Tensor]],
+    draws: Draws,
     also: Mapping[str, Manifest],
     texts: Float[Tensor, "C D"] | None,
     transferred: Mapping[tuple[str, str, int], Mapping[str, float]],
