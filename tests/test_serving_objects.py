@@ -270,9 +270,16 @@ def test_given_boxes_are_embedded_as_a_manifest_of_boxes_is(tmp_path: Path, enco
     given = [[r[1] for r in rows if r[0] == f"{i}.png"] for i in range(2)]
     answers = matcher.detect([tmp_path / "0.png", tmp_path / "1.png"], boxes=given)
     assert [label for answer in answers for label in answer.labels] == expected.names() == list("AKMSA")
-    torch.testing.assert_close(
-        torch.tensor([score for answer in answers for score in answer.scores]), expected.scores, atol=5e-3, rtol=0
+    scores = torch.tensor([score for answer in answers for score in answer.scores])
+    torch.testing.assert_close(scores, expected.scores, atol=5e-3, rtol=0)
+    wider = ObjectMatcher(embedding_model=encoder, references=references, pad=0.1)
+    expected = matcher.matcher.match(
+        embed(encoder, manifest.with_padding(0.1)).vectors, fingerprint=encoder.fingerprint()
     )
+    answers = wider.detect([tmp_path / "0.png", tmp_path / "1.png"], boxes=given)
+    padded = torch.tensor([score for answer in answers for score in answer.scores])
+    torch.testing.assert_close(padded, expected.scores, atol=5e-3, rtol=0)
+    assert (padded - scores).abs().max() > 0.02
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 16])

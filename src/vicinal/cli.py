@@ -368,7 +368,7 @@ def match(
     margin: Annotated[float | None, typer.Option(help="How far the second class must be behind.")] = None,
     detect_threshold: Annotated[float, typer.Option(help="From which score on a box is looked at.")] = 0.5,
     overlap: Annotated[float, typer.Option(help="Of two boxes that overlap more, the better stays.")] = 0.7,
-    pad: Annotated[float, typer.Option(help="By how much a detector's box is widened.")] = 0.08,
+    pad: Annotated[float | None, typer.Option(help="Widens boxes. Else a detector's by 0.08, given ones not.")] = None,
     out: Annotated[Path | None, typer.Option(help="The folder to write: JSON, CSV and pictures.")] = None,
     pictures: Annotated[bool, typer.Option(help="Draw what was found.")] = True,
     truth: Annotated[Path | None, typer.Option(help="Measure on VOC, COCO, or a table with boxes and classes.")] = None,

@@ -533,7 +533,7 @@ class Settings:
         margin: of the second class.
         detect_threshold: score of a box from which on it is looked at.
         overlap: of two boxes, beyond which the better one stays.
-        pad: by which share a detector's box is widened.
+        pad: by which share a box is widened. None: a detector's by 0.08, given ones not.
         size: of the embedding model's input.
         device: "auto", "cpu", "cuda:0", …
         columns: of tables, see `read_table`.
@@ -547,7 +547,7 @@ class Settings:
     margin: float | None = None
     detect_threshold: float = 0.5
     overlap: float = 0.7
-    pad: float = 0.08
+    pad: float | None = None
     size: int | None = None
     device: str = "auto"
     columns: Mapping[str, str] | None = None

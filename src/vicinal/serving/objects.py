@@ -5,8 +5,9 @@
 Boxes come from one of three places: a detector, the caller, or tiles, which stand in where there is no detector. Those
 of a detector lose what is under `min_side`, then, best first, each that overlaps a kept one by more than `overlap`
 (intersection over union, whatever the detector calls it); they are widened by `pad` of their longer side before they
-are cut, from the picture at its own size. Boxes that are given are taken as they are. Tiles are squares on a grid of
-half a side; a tile is kept if the matcher knows it, and the best-matching one wins where two overlap.
+are cut, from the picture at its own size. Boxes that are given are taken as they are, unless `pad` is stated. Tiles are
+squares on a grid of half a side; a tile is kept if the matcher knows it, and the best-matching one wins where two
+overlap.
 
 Letters: P pictures, n boxes of one, D numbers an embedding, H W height and width of a picture in pixels.
 """
@@ -55,6 +56,7 @@ __all__ = [
 Box = tuple[float, float, float, float]
 Picture = str | Path | Image.Image | UInt8[Tensor, "3 H W"]
 KNOWN, UNKNOWN = (0, 122, 61), (166, 84, 0)  # colours of a drawing
+PAD = 0.08  # of a detector's boxes
 THRESHOLD_NAME = "threshold.json"  # what `vicinal calibrate` writes beside a model
 
 
@@ -168,7 +170,8 @@ class ObjectMatcher:
         k: see `Matcher`.
         margin: see `Matcher`.
         detect_threshold: from which score on a detector's box is looked at. 0.5.
-        pad: by which share of its longer side a detector's box is widened before it is cut. 0.08.
+        pad: by which share of its longer side a box is widened before it is cut. None: 0.08 of a detector's, which may
+            have lost an edge, and 0 of one that is given.
         min_side: the shorter side of the smallest box of a detector that is looked at, in pixels. 16.
         overlap: of two boxes that overlap more, as intersection over union, the better one stays. 0.7.
         levels: of tiles: for each number l, squares of 1/l of the shorter side.
@@ -204,7 +207,7 @@ class ObjectMatcher:
         k: int | None = None,
         margin: float | None = None,
         detect_threshold: float = 0.5,
-        pad: float = 0.08,
+        pad: float | None = None,
         min_side: float | int = 16,
         overlap: float = 0.7,
         levels: Sequence[int] = (1, 2, 3),
@@ -213,7 +216,7 @@ class ObjectMatcher:
         precision: Precision = "auto",
         logger: logging.Logger | None = None,
     ) -> None:
-        if pad < 0 or not 0 < overlap <= 1 or batch_size < 1:
+        if (pad or 0) < 0 or not 0 < overlap <= 1 or batch_size < 1:
             raise ValueError("pad is 0 or more, overlap above 0 and at most 1, batch_size at least 1")
         self.log = logger or logging.getLogger(__name__)
         self.device, self.precision, self.batch_size = pick_device(str(device)), precision, batch_size
@@ -357,7 +360,9 @@ class ObjectMatcher:
                 if any(len(box) != 4 for box in own):
                     raise InputError(f"{names[i]}: a box is x0, y0, x1, y1 in pixels, not {own[0]}")
                 boxes[i] = Boxes(torch.tensor([[float(v) for v in box] for box in own]), torch.ones(len(own)))
-            padding = self.pad if own is None and not self.tiled else 0.0
+            padding = (PAD if own is None else 0.0) if self.pad is None else self.pad
+            if own is None and self.tiled:
+                padding = 0.0
             try:
                 cuts += [_cut(picture, box, padding, names[i]) for box in boxes[i].corners.tolist()]
             except InputError as error:
