@@ -172,7 +172,7 @@ def calibrate(
     """Fit a model's threshold, write it beside the model, and show what it is worth.
 
     Beside the model (a folder) comes `threshold.json`; into `out` come `calibration.json` (all that is printed),
-    `calibration.png` (the plots) and `scores.csv` (each query's answer).
+    `calibration.png` (the plots, of what was looked at where there is any) and `scores.csv` (each query's answer).
 
     Args:
         model: a run folder, or any model's address. It must be a folder unless `out` is given.
@@ -219,17 +219,20 @@ def calibrate(
     folder.mkdir(parents=True, exist_ok=True)
     content = _content(found, benches, resamples)
     (folder / "calibration.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw({name: side.shown() for name, side in found.items()}, folder / "calibration.png")
+    part = "tested" if "tested" in benches else "fitted"
+    about = content[part]
+    title = f"{part} on {about['classes']:,} classes, {about['enrolled_at_once']:,} enrolled at a time"
+    draw({name: side.shown(part) for name, side in found.items()}, folder / "calibration.png", title=title)
     own.write_scores(folder / "scores.csv")
     for line in _lines(found, content):
         say(line)
     if "baseline" in found:
         found["baseline"].rule.save(folder / "threshold-baseline.json", metrics=found["baseline"].intervals)
-    about = {"references_per_class": _largest(benches["fitted"].references), "fitted": content["fitted"]}
+    kept = {"references_per_class": _largest(benches["fitted"].references), "fitted": content["fitted"]}
     target = (path if path.is_dir() else folder) / THRESHOLD_NAME
-    own.rule.save(target, metrics=own.intervals, about=about)
+    own.rule.save(target, metrics=own.intervals, about=kept)
     if (path / "model" / "vicinal.json").exists():  # of a run folder: its model is a folder of its own
-        own.rule.save(path / "model" / THRESHOLD_NAME, metrics=own.intervals, about=about)
+        own.rule.save(path / "model" / THRESHOLD_NAME, metrics=own.intervals, about=kept)
     say(f"threshold: {target}\nplots: {folder / 'calibration.png'}")
     return target
 
@@ -389,10 +392,10 @@ class _Side:
         answers, confused = _answers(everyone, last[1], fingerprint)
         return cls(rule, trials, enrolled, pairs, intervals, decisions, by_gallery, answers, confused)
 
-    def shown(self) -> Shown:
-        one = self.trials["fitted"]
+    def shown(self, part: str) -> Shown:
+        one = self.trials[part]
         return Shown(
-            self.pairs["fitted"], one.scores.numpy(), one.right.numpy(), one.enrolled.numpy(), self.rule.threshold_
+            self.pairs[part], one.scores.numpy(), one.right.numpy(), one.enrolled.numpy(), self.rule.threshold_
         )
 
     def write_scores(self, path: Path) -> None:

@@ -41,16 +41,19 @@ class Shown:
     threshold: float
 
 
-def draw(sides: Mapping[str, Shown], path: str | Path) -> None:
+def draw(sides: Mapping[str, Shown], path: str | Path, *, title: str = "") -> None:
     """Write one PNG: a column a model, and below them what they have in common.
 
     Args:
         sides: "model", and before it "baseline" where there is one to compare with.
         path: the file.
+        title: above all.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.2 * max(2, len(sides)), 9.2), layout="constrained")
+    if title:
+        figure.suptitle(title)
     places: Any = figure.subplots(2, max(2, len(sides)))
     low = min(_range(side)[0] for side in sides.values())
     for place, (name, side) in zip(places[0], sides.items(), strict=False):
