@@ -10,9 +10,8 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from vicinal.data.check import check
+from vicinal.progress import Bar
 from vicinal.recipe import Recipe
 from vicinal.run import Say, bring, run
 
@@ -55,10 +54,8 @@ def demo(out: str | Path = "demo", *, show: bool = True, say: Say = print) -> Pa
     recipe = Recipe.parse(RECIPE, name="demo")
     say("small print of DejaVu, the typefaces that matplotlib ships: a class is a character, an image one face of it")
     glyphs = bring(recipe.data)
-    columns = (TextColumn("checking"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("checking", total=len(glyphs))
-        findings = check(glyphs, near=False, progress=lambda n, total: bar.update(task, completed=n, total=total))
+    with Bar("checking", len(glyphs)) as bar:
+        findings = check(glyphs, near=False, progress=bar.to)
     say(str(findings))
     begun = (Path(out).expanduser() / "checkpoints").exists()
     page = (run(recipe, out, resume="last" if begun else None, say=say) / "report.html").resolve()

@@ -77,6 +77,7 @@ from vicinal.models.merging import interpolate
 from vicinal.models.modules import DINOHead
 from vicinal.models.text_tower import TextTower, with_text_tower
 from vicinal.models.tokenizers import MissingTokenizer
+from vicinal.progress import Bar
 from vicinal.recipe import PK, Data, HardClass, NoDuplicate, Recipe, Sampler, Shards, TrainValTest
 from vicinal.seeds import own_resume, pooled, promote, seed_rows, trainings
 from vicinal.texts import Texts
@@ -676,15 +677,11 @@ def _embed(
     encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say: Say, processes: Processes
 ) -> Embeddings:
     """Each process embeds its share, and has all of them."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     say(f"{stage}: embedding {len(manifest):,} images")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     own = processes.share(len(manifest))
     rows = np.zeros(len(manifest), bool)
     rows[own] = True
-    with Progress(*columns, transient=True, disable=not processes.main) as bar:
-        task = bar.add_task(stage, total=int(rows.sum()))
+    with Bar(stage, int(rows.sum()), shown=processes.main) as bar:
         embedded = embed(
             encoder,
             manifest.where(rows),
@@ -694,7 +691,7 @@ def _embed(
             device=recipe.device,
             precision=recipe.precision,
             on_error=recipe.data.on_error,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=bar.to,
         )
     if processes.count == 1 or rows.all():
         return embedded

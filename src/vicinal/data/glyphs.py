@@ -46,11 +46,10 @@ import PIL
 import simplejpeg
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
-from rich.console import Console
-from rich.progress import track
 
 from vicinal.data.glyph_captions import SCRIPTS, captions_of, script_of
 from vicinal.data.manifest import Manifest
+from vicinal.progress import watched
 from vicinal.types import InputError
 
 __all__ = ["CHARACTERS", "FAMILIES", "Portion", "glyph_scenes", "load_glyphs"]
@@ -689,8 +688,7 @@ def _cached(
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=home))
         try:
             total = None if rows_to_draw is None else rows_to_draw()
-            screen = Console(stderr=True)
-            rows = list(track(draw(part), "drawing glyphs, once", total=total, transient=True, console=screen))
+            rows = list(watched(draw(part), "drawing glyphs, once", total))
             table = {name: [row[name] for row in rows] for name in rows[0]}
             Manifest.build(table, part, name="the glyphs").save(part / "manifest.parquet")
             part.rename(folder)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vicinal.types import InputError
 
-__all__ = ["History", "Meter", "ProgressBar"]
+__all__ = ["History", "Meter"]
 
 
 class History:
@@ -140,44 +140,3 @@ class Meter:
         self.begin()
         self.sums = {name: total.to(self.device) for name, total in state["sums"].items()}
         self.steps = state["steps"]
-
-
-class ProgressBar:
-    """A bar with loss, speed and the time left; nothing where there is no terminal.
-
-    Args:
-        steps: in all.
-        done: of them, before a resume.
-        shown: False shows nothing on a terminal either.
-    """
-
-    def __init__(self, steps: int, done: int, *, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        self.bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
-        self.task = self.bar.add_task("training", total=steps, completed=done, text="")
-
-    def __enter__(self) -> ProgressBar:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def advance(self) -> None:
-        """One step further."""
-        self.bar.advance(self.task)
-
-    def show(self, row: Mapping[str, Any]) -> None:
-        """Show the loss and speed of a row of the history."""
-        self.bar.update(self.task, text=f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")

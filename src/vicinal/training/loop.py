@@ -34,11 +34,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from vicinal.embedding import choose_precision
 from vicinal.models.merging import EMA
 from vicinal.models.modules import prepare_for
+from vicinal.progress import Bar
 from vicinal.training.checkpoint import Checkpoints, load_checkpoint, load_trained_state, trained_state
 from vicinal.training.collapse import collapsed
 from vicinal.training.devices import accelerator_for
 from vicinal.training.grad_cache import Halves, backward_in_parts, check_parts, items
-from vicinal.training.history import History, Meter, ProgressBar
+from vicinal.training.history import History, Meter
 from vicinal.types import Batch, Estimate, InputError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def fit(
         keep: how many of the newest checkpoints are kept; the best weights are kept besides.
         resume: None begins anew; "last" goes on from the newest checkpoint below `out`, from the start if there is
             none yet; a path goes on from that checkpoint, and drops those of later steps.
-        progress: show a bar, if there is a terminal.
+        progress: show a bar, if there is a terminal or a notebook.
         trackers: any of "tensorboard", "wandb", "mlflow".
         log_every: in steps; a logged loss is the mean over them.
         identity: of the recipe: a checkpoint of another is refused.
@@ -184,7 +185,7 @@ def fit(
     scaler: torch.amp.GradScaler | None = accelerator.scaler
     trained = _trained(objective, optimizer)
     checkpoint_every = checkpoint_every or (math.ceil(steps / 10) if evaluate is None else evaluate_every)
-    bar = ProgressBar(steps, state.step, shown=progress and accelerator.is_main_process)
+    bar = Bar("training", steps, done=state.step, shown=progress and accelerator.is_main_process, lasting=True)
 
     try:
         with bar:
@@ -246,7 +247,8 @@ def fit(
                 if logs or evaluates or saves:  # the only steps that wait for the device
                     run.check_finite()
                 if logs:
-                    bar.show(run.log(lr))
+                    row = run.log(lr)
+                    bar.say(f"loss {row['loss']:.3f}  {row['images_per_second']:.0f} images/s")
                     if 4 * state.step >= steps:  # a training from random weights begins with all alike
                         run.warn_of_collapse(parts, batch)
                 paused = time.monotonic()
