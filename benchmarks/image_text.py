@@ -197,28 +197,31 @@ DRAWN = {"any": "a caption drawn at each look", "first": "one caption"}
 def cells() -> dict[str, dict[str, Any]]:
     """Name -> what differs, the headline first; brands and garments have no captions that say more than their name."""
     found = {}
-    for trained in ("any", "first"):
-        for loss in LOSSES:
-            for name in STUDIED:
-                if trained == "any" or name in ("emoji_fx", "grocery_texts"):
-                    found[f"{name}-{loss}-{trained}"] = {"table": name, "loss": loss, "trained": trained}
+    for towers in ("both", "text"):
+        for trained in ("any", "first"):
+            for loss in LOSSES:
+                for name in STUDIED:
+                    if trained == "any" or name in ("emoji_fx", "grocery_texts"):
+                        cell = {"table": name, "loss": loss, "trained": trained, "towers": towers}
+                        found[f"{name}-{loss}-{trained}-{towers}"] = cell
     return found
 
 
 def recipe(cell: dict[str, Any], tables: Path, data: Path, model: str, seeds: int, changes: list[str]) -> Recipe:
-    """The recipe of a cell: the whole text tower and low ranks of the image tower, 112 px, few steps."""
+    """The recipe of a cell, at 112 px: the whole text tower, alone or with low ranks of the image tower; few steps."""
     probe = "known_brands" if cell["table"] == "emoji_fx" else "known_emoji"
+    views = "logo" if cell["table"] in ("emoji_fx", "brand_titles") else "light"
     content: dict[str, Any] = {
         "data": {"table": str(tables / f"{cell['table']}_study.parquet"), "root": str(data), "leaks": "drop"},
         "split": {"official": {"val": 0}},
         "model": model,
-        "adapt": [{"full": {"tower": "text"}}, {"lora": {"rank": 8}}],
+        "adapt": [{"full": {"tower": "text"}}, *([{"lora": {"rank": 8}}] if cell["towers"] == "both" else [])],
         "loss": {cell["loss"]: {}},
         "captions": {"trained": cell["trained"]},
         "sampler": {"shuffle": {"batch_size": 64}},
-        "augment": "logo" if cell["table"] in ("emoji_fx", "brand_titles") else "light",
+        "augment": views if cell["towers"] == "both" else "none",
         "lr": 1e-3,
-        "steps": 30,
+        "steps": 30 if cell["towers"] == "both" else 60,
         "probe": {"data": {"table": str(tables / f"{probe}.parquet"), "root": str(data)}},
         "shots": [1],
         "draws": 2,

@@ -27,6 +27,7 @@ _HOMES = {
     "export": "serving.export",
     "fit": "training.loop",
     "Full": "models.adapters",
+    "image_text": "evaluation.image_text",
     "ImageTextObjective": "training.image_text",
     "Index": "serving.index",
     "InfoNCE": "losses",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from vicinal.embedding import embed as embed
     from vicinal.embedding import embed_classes as embed_classes
     from vicinal.embedding import embed_text as embed_text
+    from vicinal.evaluation.image_text import image_text as image_text
     from vicinal.evaluation.image_text import zero_shot as zero_shot
     from vicinal.evaluation.intervals import paired_difference as paired_difference
     from vicinal.evaluation.protocols import prototypes as prototypes
