@@ -17,7 +17,7 @@ CELLS = {name: json.loads(path.read_text(encoding="utf-8"))["cells"] for name, p
 CODE = {
     name: ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] for name, cells in CELLS.items()
 }
-COUNTS = {"image_text": 10, "tour": 9}
+COUNTS = {"image_text": 9, "tour": 9}
 WEIGHTS = Path(backbones.__file__).parent / "nano" / "model.safetensors"
 SMALLER = {
     "image_text": {'"characters": "latin"': '"characters": "greek"', "STEPS = 60": "STEPS = 4"},
