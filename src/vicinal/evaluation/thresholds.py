@@ -120,7 +120,7 @@ def _decisions(place: Any, sides: Mapping[str, Shown], title: str) -> None:  # n
         high = max(high, float(found.thresholds[0]))
     place.set(title=title, xlabel="threshold", xlim=(low, high), ylim=(0, 1.02))
     place.grid(alpha=0.3)
-    place.legend(frameon=False, fontsize=8, loc="lower left")
+    place.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(sides) + 1)
 
 
 def _errors(place: Any, sides: Mapping[str, Shown]) -> None:  # noqa: ANN401
