@@ -29,7 +29,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe, apply_override
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("choosing", "datasets", "fewshot", "install", "overlap", "troubleshooting")
+NAMES = ("choosing", "datasets", "fewshot", "install", "overlap", "troubleshooting", "logos")
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in NAMES}
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 BLOCKS = {name: FENCED.findall(page) for name, page in PAGES.items()}
@@ -44,7 +44,7 @@ def blocks(language: str) -> list[Any]:
 
 def test_the_blocks_are_found() -> None:
     languages = ("python", "yaml", "bash", "text")
-    assert [len(blocks(language)) for language in languages] == [3, 15, 14, 37]
+    assert [len(blocks(language)) for language in languages] == [3, 16, 18, 37]
     assert {kind for all_of in BLOCKS.values() for kind, _ in all_of} == {"", *languages}
 
 
