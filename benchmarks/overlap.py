@@ -127,19 +127,21 @@ def correlate(out: Path, rows: list[dict[str, object]]) -> None:
                 if cell["adapter"] == space
             ]
     write(out / "cells.csv", cells)
-    groups = {"all": cells} | {
+    groups = {
         method: [cell for cell in cells if cell["method"] == method]
         for method in dict.fromkeys(c["method"] for c in cells)
     }
-    for name, chosen in groups.items():
+    learnt = [cell for cell in cells if not str(cell["space"]).startswith(("random-", "whitened"))]
+    for name, chosen in ({"all": cells, "adapters alone": learnt} | groups).items():
         units = sorted({(c["data"], c["space"]) for c in chosen})
         place = np.array([units.index((c["data"], c["space"])) for c in chosen])
         x, y = (np.array([float(c[key]) for c in chosen]) for key in ("overlap", "difference"))
         rng, drawn = np.random.default_rng(0), []
         for _ in range(2000):
             counts = np.bincount(rng.integers(len(units), size=len(units)), minlength=len(units))[place]
-            drawn.append(spearmanr(np.repeat(x, counts), np.repeat(y, counts)).statistic)
-        low, high = np.nanpercentile(drawn, [2.5, 97.5])
+            if len(set(np.repeat(x, counts))) > 1:  # else there is no rank to compare
+                drawn.append(spearmanr(np.repeat(x, counts), np.repeat(y, counts)).statistic)
+        low, high = np.percentile(drawn, [2.5, 97.5])
         value = spearmanr(x, y).statistic
         print(f"{name:18} rho {value:+.2f} [{low:+.2f}, {high:+.2f}]  {len(chosen)} cells of {len(units)} pairs")
 

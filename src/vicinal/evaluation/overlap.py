@@ -299,7 +299,7 @@ def overlap_plot(sides: Mapping[str, Sequence[Embeddings]], names: Sequence[str]
     Raises:
         InputError: as in `overlap`.
     """
-    _figure(sides, names).savefig(path, dpi=120)
+    _figure(sides, names).savefig(path, dpi=96)
 
 
 def _figure(sides: Mapping[str, Sequence[Embeddings]], names: Sequence[str]) -> Figure:
@@ -333,5 +333,6 @@ def _figure(sides: Mapping[str, Sequence[Embeddings]], names: Sequence[str]) -> 
                 axes.set_ylabel(data, fontsize=9)
             if row == len(sides) - 1:
                 axes.set_xlabel("cosine", fontsize=8)
-    panels[0][-1].legend(fontsize=7, frameon=False, loc="upper right")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return figure
