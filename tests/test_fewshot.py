@@ -392,6 +392,23 @@ def test_a_source_may_be_a_recipe(photos: Path, tmp_path: Path):
         bring_source("coop_dtd", Settings(root=str(tmp_path)))
 
 
+def test_one_class_to_ask_about_has_no_interval(photos: Path, tmp_path: Path):
+    other = write_folder(tmp_path / "one", classes=1, each=2)
+    for path in other.glob("*/*.png"):
+        with Image.open(path) as picture:
+            turned = picture.rotate(30)
+        turned.save(path)
+    table(photos, tmp_path / "out", "shots=1", "seeds=1", "methods=gda", f"also={other}")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    content = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=refuse)
+    cell = next(cell for cell in content["cells"] if cell["part"] == "one")
+    assert (cell["low"], cell["high"], cell["n"]) == (None, None, 1)
+    assert next(row for row in rows(tmp_path / "out" / "table.csv") if row["part"] == "one")["low"] == ""
+
+
 def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = ["fewshot", NANO, str(photos), "methods=[gda]", "shots=[1,2]", "seeds=1", "device=cpu", f"out={tmp_path}"]
     cli.app(words, standalone_mode=False)

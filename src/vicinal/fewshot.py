@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -47,6 +48,7 @@ from vicinal.evaluation.few_shot import Features, FewShot, few_shot_scores
 from vicinal.evaluation.few_shot_page import few_shot_page, few_shot_plot
 from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.metrics import topk
+from vicinal.evaluation.wording import as_number
 from vicinal.heads import HEADS, Head, Selection
 from vicinal.heads.selection import check_policy
 from vicinal.models.encoder import Encoder
@@ -918,8 +920,12 @@ def _differences(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-def _numbers(estimate: Estimate) -> tuple[float, float, float, int]:
-    return round(estimate.value, 5), round(estimate.low, 5), round(estimate.high, 5), estimate.n
+def _numbers(estimate: Estimate) -> tuple[float | None, float | None, float | None, int]:
+    """Value, low, high, n; None where there is none, as of one class: JSON has no NaN."""
+    value, low, high = (
+        round(x, 5) if math.isfinite(x) else None for x in (estimate.value, estimate.low, estimate.high)
+    )
+    return value, low, high, estimate.n
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -933,8 +939,9 @@ def _lines(summary: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for row in summary:
         name = f"{row['method']}{' + ' + row['adapter'] if row['adapter'] else ''}"
         yield (
-            f"{row['part']:12} {name:34} {row['shots']:3} shots   {row['accuracy']:.3f} [{row['low']:.3f}, "
-            f"{row['high']:.3f}]   {row['n']} classes, {row['queries']:,} queries, {row['policy']}"
+            f"{row['part']:12} {name:34} {row['shots']:3} shots   {as_number(row['accuracy'])} "
+            f"[{as_number(row['low'])}, {as_number(row['high'])}]   {row['n']} classes, {row['queries']:,} queries, "
+            f"{row['policy']}"
         )
 
 

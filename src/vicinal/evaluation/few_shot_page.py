@@ -82,7 +82,9 @@ def _table(rows: Sequence[Row], shots: Sequence[int], value: str) -> list[dict[s
     lines: dict[tuple[str, str, str], dict[int, Row]] = {}
     for row in rows:
         lines.setdefault((row["method"], row["adapter"], row.get("against", "")), {})[row["shots"]] = row
-    best = {k: max((row[value] for row in rows if row["shots"] == k), default=None) for k in shots}
+    best = {
+        k: max((row[value] for row in rows if row["shots"] == k and known(row[value])), default=None) for k in shots
+    }
     return [
         {
             "method": method,
@@ -95,7 +97,7 @@ def _table(rows: Sequence[Row], shots: Sequence[int], value: str) -> list[dict[s
                     "value": cell[value],
                     "low": cell["low"],
                     "high": cell["high"],
-                    "best": value == "accuracy" and cell[value] == best[k],
+                    "best": value == "accuracy" and known(cell[value]) and cell[value] == best[k],
                     "sure": value == "difference" and known(cell["low"]) and (cell["low"] > 0 or cell["high"] < 0),
                 }
                 for k in shots
@@ -120,6 +122,7 @@ def _figure(results: Results) -> Figure:
             axes = panels[i][j]
             for m, method in enumerate(methods):
                 rows = [r for r in summary if (r["part"], r["adapter"], r["method"]) == (part, space, method)]
+                rows = [row for row in rows if known(row["accuracy"])]
                 if not rows:
                     continue
                 rows.sort(key=lambda row: row["shots"])
