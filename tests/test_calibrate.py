@@ -22,6 +22,7 @@ from vicinal.embedding import embed
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.backbones import load_encoder
 from vicinal.run import run
+from vicinal.serving.card import threshold_on_card
 from vicinal.serving.matching import Matcher
 from vicinal.types import Embeddings, InputError
 
@@ -182,6 +183,11 @@ def test_a_run_is_calibrated_on_its_validation_classes_and_never_on_those_it_was
         rule = OpenSetThreshold.load(folder / "threshold.json")
         assert rule.fingerprint_ == encoder.fingerprint()
         assert rule.settings_["fusion"] == "max"
+    tested = content["model"]["tested"]["decisions"]["f1"]["value"]
+    assert rule.about_["tested"]["decisions"]["f1"]["value"] == tested
+    on_card = threshold_on_card(rule)
+    assert on_card["on others"]["f1"]["value"] == tested
+    assert on_card["on the classes it was fitted on"]["f1"]["n"] == 4
     start = OpenSetThreshold.load(out / "calibration" / "threshold-baseline.json")
     assert start.fingerprint_ != rule.fingerprint_
     assert start.settings_ == rule.settings_

@@ -229,6 +229,8 @@ def calibrate(
     if "baseline" in found:
         found["baseline"].rule.save(folder / "threshold-baseline.json", metrics=found["baseline"].intervals)
     kept = {"references_per_class": _largest(benches["fitted"].references), "fitted": content["fitted"]}
+    if "tested" in benches:
+        kept["tested"] = content["tested"] | {"decisions": content["model"]["tested"]["decisions"]}
     target = (path if path.is_dir() else folder) / THRESHOLD_NAME
     own.rule.save(target, metrics=own.intervals, about=kept)
     if (path / "model" / "vicinal.json").exists():  # of a run folder: its model is a folder of its own

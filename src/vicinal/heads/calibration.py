@@ -238,7 +238,8 @@ class OpenSetThreshold(_Bound):
     the rate, so the largest recall that the rate allows.
 
     After `fit`: `threshold_`, `f1_`, `precision_`, `recall_`, `false_accept_` at it, `eer_`, `counts_` (right, wrong,
-    impostors), and for scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, None where not measurable.
+    impostors), `about_` (see `save`), and for scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, None
+    where not measurable.
 
     Args:
         rate: r, the share of impostors that may be accepted, above 0 and below 1. None: the best F1.
@@ -320,6 +321,7 @@ class OpenSetThreshold(_Bound):
         self.eer_ = float(found.equal_error())
         self.gallery_size_ = gallery_size
         self.metrics_: dict[str, Estimate] = {}
+        self.about_: dict[str, Any] = {}
         self._bind(fingerprint, settings)
         return self
 
@@ -362,7 +364,7 @@ class OpenSetThreshold(_Bound):
             "by_gallery": self.by_gallery_,
             "counts": self.counts_,
             "metrics": {n: {k: _number(v) for k, v in asdict(e).items()} for n, e in measured.items()},
-            **({"about": dict(about)} if about else {}),
+            "about": {**self.about_, **(about or {})},
         }
         return self._write(path, values)
 
@@ -389,6 +391,7 @@ class OpenSetThreshold(_Bound):
             rule.gallery_size_, rule.counts_ = notes["gallery_size"], notes["counts"]
             rule.by_gallery_ = {int(n): t for n, t in notes["by_gallery"].items()}
             rule.metrics_ = {name: _estimate(values) for name, values in notes["metrics"].items()}
+            rule.about_ = dict(notes.get("about") or {})
             rule._bind(notes["model_hash"], notes["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not whole ({error}); write it anew with `vicinal calibrate`") from error

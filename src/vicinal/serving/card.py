@@ -89,7 +89,7 @@ def model_card(
         "",
         f"# {name}",
         "",
-        f"- made from: `{encoder.source}`" + (f", adapted by {kinds}" if kinds else ""),
+        f"- made from: `{_without_folder(encoder.source)}`" + (f", adapted by {kinds}" if kinds else ""),
         f"- licence of the base model: {encoder.licence or 'unknown here; see its own card before use'}",
         f"- embeddings: {encoder.embedding_dim} numbers, not scaled to length 1; images: {height} x {width} pixels",
         f"- exported by vicinal {version('vicinal')}",
@@ -142,12 +142,24 @@ def threshold_on_card(rule: OpenSetThreshold) -> dict[str, Any]:
     """The threshold, how it was chosen, and what it is worth."""
     how = "best F1" if rule.rate is None else f"at most {rule.rate:g} of unknown queries accepted"
     metrics = {name: asdict(e) for name, e in rule.metrics_.items() if name != "threshold"}
+    tested = rule.about_.get("tested", {}).get("decisions")
     return {
         "score": rule.threshold_,
         "chosen for": how,
         "matcher": rule.settings_,
         "on the classes it was fitted on": metrics,
+        **({"on others": tested} if tested else {}),
     }
+
+
+def _without_folder(source: str) -> str:
+    """A source without the folder that a file of weights lay in, which is of no use to others.
+
+    >>> _without_folder("timm:vit_tiny_patch16_224@/home/me/tiny.safetensors")
+    'timm:vit_tiny_patch16_224@tiny.safetensors'
+    """
+    name, at, path = source.partition("@")
+    return name + at + re.split(r"[\\/]", path)[-1]
 
 
 def _section(content: Any) -> list[str]:  # noqa: ANN401  # whatever results.json holds
