@@ -238,8 +238,8 @@ class OpenSetThreshold(_Bound):
     the rate, so the largest recall that the rate allows.
 
     After `fit`: `threshold_`, `f1_`, `precision_`, `recall_`, `false_accept_` at it, `eer_`, `counts_` (right, wrong,
-    impostors), `about_` (see `save`), and for scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, None
-    where not measurable.
+    impostors), `about_` (see `save`), and for scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, or
+    None where not measurable.
 
     Args:
         rate: r, the share of impostors that may be accepted, above 0 and below 1. None: the best F1.
