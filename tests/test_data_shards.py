@@ -373,6 +373,9 @@ def test_parts_and_what_is_watched(tmp_path: Path) -> None:
     assert m.column("split") == ["train"] * 8 + ["val"] * 4
     assert m.column("watched") == [False, False, True, True] + 4 * [False] + [False, False, True, True]
     assert len(m.classes) == 12
+    (note,) = m.notes
+    assert note.startswith("4 keys stand in several shards"), "two of train and two of val: each part may count from 0"
+    assert not read_shards({"train": f"{tmp_path}/0.tar", "test": f"{tmp_path}/1.tar"}).notes
     for wrong, message in (
         ({"train_eval": f"{tmp_path}/5.tar"}, "5.tar is not among the shards of train"),
         ({"val_eval": f"{tmp_path}/1.tar"}, "1.tar is among the shards of train; what is selected on is not train"),

@@ -101,6 +101,24 @@ def test_a_new_head_ends_what_texts_can_say(tmp_path: Path) -> None:
     assert "accuracy@0shot" not in json.loads((out / "results.json").read_text())["before"]["unseen"]
 
 
+def test_captions_that_are_cut_are_counted_and_said(tmp_path: Path) -> None:
+    from vicinal.data.glyphs import load_glyphs
+
+    glyphs = load_glyphs(**GLYPHS)
+    rows = [{"image": str(glyphs.path(i)), "label": glyphs.column("label")[i]} for i in range(len(glyphs))]
+    for i, row in enumerate(rows):
+        row["text"] = f"{row['label']} " + ("long " * 200 if i % 2 else "")
+    table = tmp_path / "long.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in rows))
+    said: list[str] = []
+    out = run(recipe(data={"table": str(table)}, steps=1), tmp_path / "run", say=said.append)
+    (line,) = [line for line in said if line.startswith("captions: ")]
+    notes = json.loads((out / "results.json").read_text())["data"]["notes"]
+    assert line.removeprefix("captions: ") in notes
+    words = line.split()
+    assert 2 * int(words[1]) == int(words[3]), "every second one"
+
+
 def test_rows_without_a_caption_are_measured_and_not_trained_on(tmp_path: Path) -> None:
     from vicinal.data.glyphs import load_glyphs
 

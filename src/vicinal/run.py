@@ -114,6 +114,7 @@ __all__ = [
 ]
 
 Say = Callable[[str], None]
+MEASURED_CAPTIONS = 20_000  # whose length in tokens is looked at: a second
 SAME_PICTURE = 0.998  # cosine; bf16 rounds the embedding of one picture in two batches to above .9999
 Batches = StreamPlan | ShuffleSampler | NoDuplicateSampler | PKSampler | HardClassSampler
 PAIRED = 5000  # images of which all pairs are compared at each validation
@@ -295,6 +296,9 @@ def _prepare(recipe: Recipe, say: Say, processes: Processes) -> _Ground:
     say(f"split: {division}")
     if contrastive:
         division = _captioned(manifest, division)
+        if cut := _cut_captions(original, manifest.where(division.train)):
+            say(f"captions: {cut}")
+            division = replace(division, notes=(*division.notes, cut))
     reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
     probe = _probe(recipe, original, manifest.where(division.train))
     trained = division.train | division.val
@@ -839,6 +843,17 @@ def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> N
         raise InputError(f"{out} holds a run of another recipe, which this one cannot resume; choose another out")
     if (out in found) != (recipe.seeds == 1) and found:
         raise InputError(f"{out} holds {'one seed' if out in found else 'several seeds'}; choose another out")
+
+
+def _cut_captions(encoder: Encoder, train: Manifest) -> str:
+    """How many captions are longer than what the model reads; nothing where none is. Of very many, the first count."""
+    told = list(dict.fromkeys(caption for captions in train.captions() for caption in captions))
+    some = told[:MEASURED_CAPTIONS]
+    longer = sum(length > (encoder.context_length or 0) for length in encoder.token_lengths(some))
+    if not longer:
+        return ""
+    among = f"{len(some):,}" + ("" if len(some) == len(told) else f" looked at, of {len(told):,},")
+    return f"{longer:,} of {among} distinct captions are cut: longer than the {encoder.context_length} tokens read"
 
 
 def _captioned(manifest: Manifest, division: Division) -> Division:

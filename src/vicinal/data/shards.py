@@ -296,7 +296,7 @@ def read_shards(
     name = ", ".join(map(str, source.values())) if isinstance(source, Mapping) else str(source)
     found = _indices(tars, on_error)
     root = _common(tars)
-    rows, notes = _rows_of(found, root, lines)
+    rows, notes = _rows_of(found, part_of, root, lines)
     if not rows:
         raise InputError(
             f"{name}: no whole item in {len(tars):,} shards; an item is 0001.jpg with 0001.txt or 0001.json"
@@ -501,6 +501,7 @@ def _members(path: Path, lost: dict[str, Any]) -> Iterator[_File]:
 
 class _Row(NamedTuple):
     image: str
+    part: str
     key: str
     own_class: str
     texts: list[str]
@@ -508,7 +509,9 @@ class _Row(NamedTuple):
     fields: dict[str, Any]
 
 
-def _rows_of(found: Mapping[Path, _Index], root: Path, lines: bool) -> tuple[list[_Row], list[str]]:
+def _rows_of(
+    found: Mapping[Path, _Index], part_of: Mapping[Path, str], root: Path, lines: bool
+) -> tuple[list[_Row], list[str]]:
     """The items of all tars in order, and what is to be said of them."""
     rows: list[_Row] = []
     for tar, index in found.items():
@@ -519,7 +522,7 @@ def _rows_of(found: Mapping[Path, _Index], root: Path, lines: bool) -> tuple[lis
                 texts = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
             image = Member(way, item["member"], item["offset"], item["size"]).path
             fields = json.loads(item["fields"]) if item["fields"] else {}
-            rows.append(_Row(image, item["key"], f"{way}/{item['key']}", texts, item["label"], fields))
+            rows.append(_Row(image, part_of[tar], item["key"], f"{way}/{item['key']}", texts, item["label"], fields))
     return rows, [*_lost(found), *_odd(rows)]
 
 
@@ -549,7 +552,7 @@ def _odd(rows: Sequence[_Row]) -> Iterator[str]:
     silent = [row.image for row in rows if not row.texts]
     if 0 < len(silent) < len(rows):
         yield f"{len(silent):,} of {len(rows):,} images have no caption (first: {silent[0]})"
-    repeated = [key for key, count in Counter(row.key for row in rows).items() if count > 1]
+    repeated = [key for (_, key), count in Counter((row.part, row.key) for row in rows).items() if count > 1]
     if repeated:
         yield f"{len(repeated):,} keys stand in several shards (first: {repeated[0]}): taken as different items"
 
