@@ -15,6 +15,7 @@ from PIL import Image
 from pictures import write_folder
 from test_cli import vicinal
 from test_run import recipe
+from vicinal import models
 from vicinal.calibrate import Bench, calibrate, enrolments, trials_of
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder
@@ -201,6 +202,24 @@ def test_a_run_is_calibrated_on_its_validation_classes_and_never_on_those_it_was
         calibrate(lone, **FAST)
 
 
+def test_references_and_queries_apart_and_an_export_as_the_model(photos: Path, tmp_path: Path) -> None:
+    for folder in sorted(photos.iterdir()):
+        for i, picture in enumerate(sorted(folder.iterdir())):
+            side = tmp_path / ("references" if i < 2 else "queries") / folder.name
+            side.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, side / picture.name)
+    exported = tmp_path / "exported"
+    load_encoder("vicinal:nano").model.save_pretrained(exported)
+    for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+        shutil.copy(Path(models.__file__).parent / "nano" / name, exported / name)
+    settings = {"resamples": 50, "device": "cpu", "say": lambda _: None}
+    path = calibrate(exported, tmp_path / "references", queries=tmp_path / "queries", **settings)
+    assert path == exported / "threshold.json"
+    assert OpenSetThreshold.load(path).fingerprint_ == load_encoder(f"transformers:{exported}").fingerprint()
+    fitted = json.loads((exported / "calibration" / "calibration.json").read_text())["fitted"]
+    assert (fitted["references"], fitted["queries"], fitted["classes"]) == (24, 48, 12)
+
+
 def test_what_cannot_be_fitted(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder to keep a threshold in"):
         calibrate("vicinal:nano", photos, **FAST)
@@ -219,6 +238,9 @@ def test_what_cannot_be_fitted(photos: Path, tmp_path: Path) -> None:
     other = shutil.copytree(photos / "cross-03", tmp_path / "other" / "CROSS-03").parent
     with pytest.raises(InputError, match="names must be equal"):
         calibrate("vicinal:nano", photos, queries=other, out=tmp_path / "x", **FAST)
+    same = shutil.copytree(photos / "cross-03", tmp_path / "same" / "cross-03").parent
+    with pytest.raises(InputError, match="stand in the queries and in the catalog"):
+        calibrate("vicinal:nano", photos, queries=same, out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="queries need references"):
         calibrate(tmp_path / "none", queries=photos, **FAST)
     assert not (tmp_path / "x" / "threshold.json").exists()

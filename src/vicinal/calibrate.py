@@ -33,9 +33,9 @@ from vicinal.evaluation.thresholds import Shown, draw
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import _divide, bring, bring_path, open_model, open_uri
+from vicinal.run import _divide, _refuse_same_pictures, bring, bring_path, open_model, open_uri
 from vicinal.serving.matching import Matcher, Trials
-from vicinal.serving.objects import THRESHOLD_NAME
+from vicinal.serving.objects import THRESHOLD_NAME, open_encoder
 from vicinal.types import Embeddings, InputError, Metrics
 
 __all__ = ["Bench", "calibrate", "enrolments", "trials_of"]
@@ -200,8 +200,8 @@ def calibrate(
         The threshold's file.
 
     Raises:
-        InputError: nothing to fit on, classes that the model was trained on, a rate that so few strangers cannot show,
-            and what `Matcher` refuses.
+        InputError: nothing to fit on, a picture that is reference and query, classes that the model was trained on, a
+            rate that so few strangers cannot show, and what `Matcher` refuses.
     """
     path = Path(model).expanduser()
     if not path.is_dir() and out is None:
@@ -240,8 +240,8 @@ def calibrate(
 
 
 def _opened(model: Path, uri: str, size: int | None) -> Encoder:
-    if uri != "start":
-        return open_uri(uri, size=size)
+    if uri != "start":  # a folder may be an export, too
+        return open_encoder(uri) if size is None and Path(uri).expanduser().is_dir() else open_uri(uri, size=size)
     if not (model / "recipe.yaml").is_file():
         raise InputError(f"baseline start is what a run began with, and {model} is no run folder; name a model")
     return open_model(Recipe.load(model / "recipe.yaml"))
@@ -264,7 +264,10 @@ def _benches(
         return _of_run(model, references, seed)
     manifest = bring_path(source, columns)[1]
     if queries is not None:
-        return {"fitted": Bench.of(manifest, bring_path(queries, columns)[1])}
+        asked = bring_path(queries, columns)[1]
+        bench = Bench.of(manifest, asked)
+        _refuse_same_pictures(manifest, asked, None)
+        return {"fitted": bench}
     if "split" not in manifest.names():
         return {"fitted": Bench.drawn(manifest, references, seed)}
     split = np.array(manifest.column("split"))
