@@ -67,14 +67,14 @@ METHODS = {
     "VPTSP-G + BitFit": Method([PROMPT, {"bitfit": {}}], SEMANTIC, "VPTSP-G"),
     "VPT, ArcFace": Method([PROMPT], {"arcface": {"margin": 0.3, "scale": 20.0}}, "VPT"),
 }
-RATES = {
+RATES = {  # wider on the side where the best of the first two lay at the edge
     "linear head": (1e-3, 3e-3, 1e-2),
-    "BitFit": (1e-3, 3e-3),
-    "VPT": (3e-3, 1e-2),
-    "bottleneck": (1e-3, 3e-3),
-    "LoRA": (1e-3, 2e-3),
-    "full": (1e-4, 3e-4),
-    "VPTSP-G": (3e-3, 1e-2),
+    "BitFit": (1e-3, 3e-3, 1e-2),
+    "VPT": (1e-3, 3e-3, 1e-2),
+    "bottleneck": (1e-3, 3e-3, 1e-2),
+    "LoRA": (1e-3, 2e-3, 4e-3),
+    "full": (1e-4, 3e-4, 1e-3),
+    "VPTSP-G": (1e-3, 3e-3, 1e-2),
 }
 PAIRS = [
     ("VPT", "VPTSP-G"),

@@ -560,6 +560,19 @@ def test_check_needs_few_forward_passes(tmp_path: Path) -> None:
     assert len(calls) == 3  # one with the backward pass, two with all 48 factors moved
 
 
+def test_no_bias_that_bitfit_trains_is_dead(encoders: dict[str, Encoder]) -> None:
+    """No classifier of the pretraining, no pooler that is not used: each bias takes part in the embedding."""
+    assert len(encoders) >= 3
+    for family, encoder in encoders.items():
+        adapted = adapt(encoder, BitFit())
+        adapted(images()).square().sum().backward()
+        trained = trainable(adapted)
+        assert trained, family
+        assert all(name.endswith("bias") for name in trained), family
+        dead = [name for name, parameter in trained.items() if parameter.grad is None]
+        assert not dead, (family, dead)
+
+
 # ---------------------------------------------------------------------------------------------------------- peft layout
 
 
