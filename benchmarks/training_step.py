@@ -23,7 +23,6 @@ import copy
 import itertools
 import logging
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -246,9 +245,15 @@ def peak(way: str, size: int, method: str, precision: str) -> float:
     torch.manual_seed(0)
     start = load_encoder("timm:vit_tiny_patch16_224", size=size, random_init=True)
     step = ways(start, size, method, precision, 2, False)[way]
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    before = held("VmRSS")
     step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6 - pages * resource.getpagesize() / 1e6
+    return held("VmHWM") - before
+
+
+def held(what: str) -> float:
+    """MB of this process: VmRSS now, VmHWM at most so far; what getrusage gives may be its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024 / 1e6
 
 
 def peak_apart(way: str, size: int, method: str, precision: str, threads: int) -> float:

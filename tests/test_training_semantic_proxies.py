@@ -110,6 +110,22 @@ def test_gru_starts_as_the_paper_s():
     assert not gru.input.bias.any()
 
 
+def test_gru_keeps_the_share_that_it_is_told_to_before_it_has_learnt():
+    gru = GRUAccumulator(DIM, keep=0.9)
+    torch.testing.assert_close(torch.sigmoid(gru.input.bias[:DIM]), torch.full((DIM,), 0.9))
+    assert not gru.input.bias[DIM:].any()
+    with torch.no_grad():
+        for parameter in (gru.input.weight, gru.hidden.weight):
+            parameter.zero_()
+        gru.input.bias[2 * DIM :] = 1.0  # of the candidate
+    found = gru(rows(1), rows(2)[:1], torch.tensor([0]))
+    expected = 0.9 * rows(1) + 0.1
+    torch.testing.assert_close(found, expected / expected.norm(dim=1, keepdim=True))
+    for keep in (0.0, 1.0):
+        with pytest.raises(ValueError, match="keep is a share, between 0 and 1"):
+            GRUAccumulator(DIM, keep=keep)
+
+
 def test_ema_is_the_mean_mixed_in_and_does_not_care_for_order():
     ema, stored, proxies = EMAAccumulator(keep=0.7), rows(4), rows(6, seed=6)
     expected = stored.double().clone()
