@@ -38,7 +38,7 @@ from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.scores import load_scores
 from vicinal.recipe import Recipe
 from vicinal.run import run
-from vicinal.types import Estimate, PerQuery
+from vicinal.types import Estimate, Metrics, PerQuery
 
 PROMPT = {"visual_prompt": {"tokens": 10}}
 ANCHOR: dict[str, Any] = {"proxy_anchor": {}}
@@ -276,6 +276,14 @@ def retrieval(folder: Path, side: str = "after") -> PerQuery:
     return load_scores(folder / "scores" / f"{side}.safetensors")["unseen"][0]
 
 
+def difference(one: Path, other: Path) -> Metrics:
+    """Of the seeds that both have."""
+    sides = [retrieval(folder) for folder in (one, other)]
+    seeds = min(len(values) for side in sides for values in side.values.values())
+    cut = [PerQuery({k: v[:seeds] for k, v in side.values.items()}, side.units, side.macro) for side in sides]
+    return paired_difference(*cut)
+
+
 def shown(estimate: Estimate, *, signed: bool = False) -> str:
     form = "+.3f" if signed else ".3f"
     value, low, high = (format(x, form).replace("0.", ".", 1) for x in (estimate.value, estimate.low, estimate.high))
@@ -287,33 +295,34 @@ def short(number: float) -> str:
 
 
 def tables(sources: dict[str, str], chosen: dict[str, float], cost: dict[str, Any], a: argparse.Namespace) -> str:
-    """Markdown: a table a data set, and the paired differences."""
-    lines = [
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {a.seeds} seeds, {a.steps} steps"
-    ]
+    """Markdown: a table a data set of the methods that are finished, and the paired differences."""
+    machine = platform.processor() or platform.machine()
+    lines = [f"{machine}, torch {torch.__version__}, {a.steps} steps of {a.batch} images"]
     for data in sources:
-        folders = {name: a.out / data / slug(name) for name in a.methods}
-        first = next(iter(folders.values()))
-        before = retrieval(first, "before")
-        estimates = mean(before)
+        folders = {name: a.out / data / slug(name) for name in METHODS}
+        folders = {name: folder for name, folder in folders.items() if (folder / "results.json").exists()}
+        estimates = mean(retrieval(next(iter(folders.values())), "before"))
         one = estimates["map@r"]
         lines += ["", f"### {data}: {one.n} unseen classes, {one.queries:,} queries", ""]
-        lines += ["| method | lr | R@1 | MAP@R | trained | of these aside | added at inference | ms a step | peak MB |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        lines += ["| method | lr | seeds | R@1 | MAP@R | trained | of these aside | added | ms a step | peak MB |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|"]
         cells = [shown(estimates[metric]) for metric in METRICS]
-        lines += [f"| not tuned | | {' | '.join(cells)} | | | | | |"]
+        lines += [f"| not tuned | | | {' | '.join(cells)} | | | | | |"]
         for name, folder in folders.items():
-            facts = json.loads((folder / "results.json").read_text())["training"]
+            results = json.loads((folder / "results.json").read_text())
+            facts, aside = results["training"], results["training"]["trained_aside"]
             estimates = mean(retrieval(folder))
-            aside = facts["trained_aside"]
-            row = [name, f"{chosen[METHODS[name].rate_of]:g}", *(shown(estimates[metric]) for metric in METRICS)]
+            row = [name, f"{chosen[METHODS[name].rate_of]:g}", str(len(results["seeds"]))]
+            row += [shown(estimates[metric]) for metric in METRICS]
             row += [short(facts["trained_parameters"] + aside), short(aside), short(facts["added_parameters"])]
-            row += [f"{1000 * cost[name]['seconds']:.0f}", f"{cost[name]['megabytes']:.0f}"]
+            row += (
+                [f"{1000 * cost[name]['seconds']:.0f}", f"{cost[name]['megabytes']:.0f}"] if name in cost else ["", ""]
+            )
             lines.append(f"| {' | '.join(row)} |")
         lines += ["", "| difference | R@1 | MAP@R |", "|---|---|---|"]
         for one_name, other in PAIRS:
             if one_name in folders and other in folders:
-                found = paired_difference(retrieval(folders[one_name]), retrieval(folders[other]))
+                found = difference(folders[one_name], folders[other])
                 cells = [shown(found[metric], signed=True) for metric in METRICS]
                 lines.append(f"| {other} less {one_name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -347,11 +356,11 @@ def main() -> None:
     print("rates:", chosen, flush=True)
     if a.only in (None, "cells"):
         cells(sources, chosen, a)
-    if a.only in (None, "costs", "tables"):
-        classes = len(
-            bring(Recipe.parse({"data": {"table": next(iter(sources.values()))}, "model": a.model}).data).classes
-        )
-        cost = costs(classes // 2, a)
+    cost: dict[str, Any] = {}
+    if a.only in (None, "costs"):
+        cost = costs(len(read_table(next(iter(sources.values()))).classes) // 2, a)
+    elif (a.out / "costs.json").exists():
+        cost = json.loads((a.out / "costs.json").read_text())
     if a.only in (None, "tables"):
         text = tables(sources, chosen, cost, a)
         (a.out / "methods.md").write_text(text)
