@@ -161,6 +161,8 @@ def test_a_stated_rate_and_a_larger_gallery(photos: Path, tmp_path: Path) -> Non
     assert found["more"] > found["many"], "among more classes more strangers find one that is like them"
     with pytest.raises(InputError, match="give both"):
         calibrate("vicinal:nano", photos, gallery=8, out=tmp_path / "x", **FAST)
+    with pytest.raises(InputError, match="not a share"):
+        calibrate("vicinal:nano", photos, rate=5, out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="not measurable"):
         calibrate("vicinal:nano", photos, rate=0.0001, out=tmp_path / "x", **FAST)
 

@@ -206,6 +206,10 @@ def calibrate(
     path = Path(model).expanduser()
     if not path.is_dir() and out is None:
         raise InputError(f"{model} is no folder to keep a threshold in; name one by out (--out)")
+    if rate is not None and not 0 < rate < 1:
+        raise InputError(f"rate={rate} is not a share of unknown queries; give one above 0 and below 1")
+    if gallery is not None and (rate is None or gallery < 1):
+        raise InputError("gallery needs a rate to keep for so many classes; give both (--rate --gallery)")
     folder = Path(out).expanduser() if out is not None else path / "calibration"
     settings = dict(settings or {})
     benches = _benches(path, source, queries, references, seed, columns)
@@ -373,8 +377,7 @@ class _Side:
         fitted_on, right, units, known = fitted.scores, fitted.right, fitted.units, fitted.enrolled
         there: Tensor | None = known
         if gallery is not None:
-            if scores is None:
-                raise InputError("gallery needs a rate to keep for so many classes; give both (--rate --gallery)")
+            assert scores is not None
             fitted_on, right, units, there = *scores, None
         rule.fit(
             fitted_on,
