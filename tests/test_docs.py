@@ -233,7 +233,9 @@ def test_every_augmentation_and_head_is_told() -> None:
 
 def test_figures_stand_in_the_log() -> None:
     log = (ROOT / "docs" / "log.md").read_text(encoding="utf-8")
-    pages = [page for name, page in PROSE.items() if name not in ("fewshot", "logos", "overlap")]  # with tables and commands
+    pages = [
+        page for name, page in PROSE.items() if name not in ("fewshot", "logos", "overlap")
+    ]  # with tables and commands
     found = [figure for page in pages for figure in re.findall(r"(?<![\d.])\.\d{3}\b", page)]
     assert len(found) >= 35
     assert all(figure in log for figure in found), [figure for figure in found if figure not in log]
