@@ -262,6 +262,12 @@ def test_a_training_without_a_follower_is_an_error():
         objective()({"image": torch.zeros(1, 3, 32, 32)})  # type: ignore[typeddict-item]
 
 
+def test_crops_that_the_encoder_cannot_take_are_named():
+    with pytest.raises(InputError, match=r"small crops of 20 x 20 \(small_size\): .*16"):
+        objective(small_size=(20, 20))
+    assert objective(small_size=(32, 32)).small is None, "crops of the encoder's own size need no second one"
+
+
 @pytest.mark.parametrize("kind", ["one", "all"])
 def test_a_collapse_is_an_error(kind: str):
     one = objective(steps=12)

@@ -103,7 +103,12 @@ class SelfDistillation(nn.Module):
         self.head.requires_grad_(train_head)
         self.criterion = loss
         same = small_size is None or small_size == encoder.preprocess.size
-        self.small: Encoder | None = None if small_size is None or same else encoder.at_size(small_size)
+        self.small: Encoder | None = None
+        if small_size is not None and not same:
+            try:
+                self.small = encoder.at_size(small_size)
+            except InputError as error:
+                raise InputError(f"small crops of {small_size[0]} x {small_size[1]} (small_size): {error}") from error
         self.steps, self.momentum, self.warmup = steps, momentum, warmup
         self.temperatures = (first_temperature, float(loss.teacher_temperature))
         self.register_buffer("taken", torch.zeros((), dtype=torch.int64))
