@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
+from vicinal.bring import open_model
 from vicinal.calibrate import Bench, trials_of
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_table, read_voc
@@ -37,7 +38,7 @@ from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import open_model, run
+from vicinal.run import run
 from vicinal.serving.matching import Trials
 
 ROOT = Path(__file__).parent.parent

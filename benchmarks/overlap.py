@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
+from vicinal.bring import bring, open_model
 from vicinal.data.loader import eval_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_table
@@ -36,7 +37,6 @@ from vicinal.models.backbones import load_encoder
 from vicinal.models.controls import moved, random_bottleneck
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import bring, open_model
 from vicinal.types import Embeddings
 
 

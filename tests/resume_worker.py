@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from vicinal.bring import bring_path
 from vicinal.data.loader import train_batches
 from vicinal.data.samplers import ShuffleSampler
 from vicinal.data.transforms import train_transform
 from vicinal.losses import ArcFace
 from vicinal.models.adapters import LoRA, adapt
 from vicinal.models.backbones import load_encoder
-from vicinal.run import bring_path
 from vicinal.training.loop import fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine

@@ -13,12 +13,13 @@ from PIL import Image
 
 from test_cli import vicinal
 from test_data_voc import annotate
+from vicinal.bring import bring
 from vicinal.data.logos import DATABASE, read_logos, references_and_queries, write_logos
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_table
 from vicinal.data.voc import read_voc
 from vicinal.recipe import Recipe
-from vicinal.run import bring, run
+from vicinal.run import run
 from vicinal.types import InputError
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from pictures import draw, write_folder
+from vicinal.bring import bring, bring_path
 from vicinal.data import shards as room
 from vicinal.data.check import check
 from vicinal.data.images import Member, decode, image_size, read_bytes
@@ -25,7 +26,6 @@ from vicinal.data.shards import expand, image_kind, read_shards, said, split_key
 from vicinal.data.sources import prepare, read_folder, read_table, read_voc, write_coco, write_table, write_voc
 from vicinal.data.transforms import eval_transform, train_transform
 from vicinal.recipe import Recipe
-from vicinal.run import bring, bring_path
 from vicinal.types import InputError, Preprocess
 
 SMALL = Preprocess(size=(16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))

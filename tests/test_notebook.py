@@ -48,7 +48,7 @@ def run_all(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     if not WEIGHTS.is_file():
         load = without_weights(backbones.load_encoder)
         monkeypatch.setattr("vicinal.load_encoder", load, raising=False)
-        monkeypatch.setattr("vicinal.run.load_encoder", load)
+        monkeypatch.setattr("vicinal.bring.load_encoder", load)
     source = "\n\n# %%\n".join(CODE[name])
     for written, smaller in SMALLER[name].items():
         assert source.count(written) == 1, written

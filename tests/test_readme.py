@@ -40,7 +40,7 @@ def test_python_runs_as_written(code: str, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(backbones, "load_encoder", small)
     monkeypatch.setattr("vicinal.load_encoder", small, raising=False)
-    monkeypatch.setattr("vicinal.run.load_encoder", small)
+    monkeypatch.setattr("vicinal.bring.load_encoder", small)
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "photos")
     exec(compile(code.replace('"steps": 300', '"steps": 3'), "README.md", "exec"), {})

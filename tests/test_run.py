@@ -11,12 +11,15 @@ import torch
 
 import vicinal.run
 from pictures import write_csv, write_folder
+from vicinal.assembly import nested
+from vicinal.bring import bring, open_uri
 from vicinal.data.manifest import Manifest
 from vicinal.embedding import embed
 from vicinal.evaluation.intervals import mean
+from vicinal.evaluation.scores import load_scores
 from vicinal.models.backbones import load_encoder
 from vicinal.recipe import Recipe
-from vicinal.run import _nested, bring, evaluate, load_scores, open_uri, remake_report, run
+from vicinal.run import evaluate, remake_report, run
 from vicinal.types import InputError
 
 MODEL = "timm:test_vit"
@@ -372,7 +375,7 @@ def test_groups_are_no_negatives_only_where_they_hold_whole_classes(groups: str,
     """Two variants of a brand are alike; the pictures of one photographer are of anything."""
     labels = ["x-1", "x-2", "y-1", "y-2"] if kept else ["x", "x", "y", "y"]
     rows = {"image": [f"{i}.png" for i in range(4)], "label": labels, "group": list(groups)}
-    assert _nested(Manifest.build(rows, ".")) is kept
+    assert nested(Manifest.build(rows, ".")) is kept
 
 
 @pytest.mark.parametrize("kind", ["brands", "photographers"])

@@ -58,7 +58,7 @@ def test_a_run_on_captions(tmp_path: Path, loss: str) -> None:
 def test_siglip_from_a_softmax_model_starts_from_a_fitted_scale_and_bias(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vicinal.run as room
+    import vicinal.assembly as room
 
     fitted: list[tuple[float, float]] = []
 

@@ -11,14 +11,16 @@ import torch
 from PIL import Image
 
 from pictures import write_folder
+from vicinal.bring import bring
 from vicinal.data.division import divide
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder, read_open_images
 from vicinal.evaluation.overlap import overlap
+from vicinal.evaluation.scores import load_scores
 from vicinal.models.backbones import load_encoder
 from vicinal.overlap import measure_overlap
 from vicinal.recipe import Recipe, apply_override
-from vicinal.run import bring, load_scores, run
+from vicinal.run import run
 from vicinal.types import Embeddings, InputError
 
 SMALL = {

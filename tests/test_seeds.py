@@ -11,9 +11,11 @@ import torch
 import vicinal.run as room
 from pictures import write_folder
 from test_run import MODEL, recipe
+from vicinal.bring import open_uri
 from vicinal.evaluation.intervals import mean, over_seeds, paired_difference
+from vicinal.evaluation.scores import load_scores
 from vicinal.models.backbones import load_encoder
-from vicinal.run import load_scores, open_uri, remake_report, run
+from vicinal.run import remake_report, run
 from vicinal.types import InputError, PerQuery
 
 

@@ -25,15 +25,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from vicinal.bring import bring, bring_path, open_model, open_uri
 from vicinal.data.logos import references_and_queries
 from vicinal.data.manifest import Manifest
 from vicinal.embedding import default_cache, embed
 from vicinal.evaluation import verification
 from vicinal.evaluation.thresholds import Shown, draw
+from vicinal.ground import division_of, refuse_same_pictures
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import _divide, _refuse_same_pictures, bring, bring_path, open_model, open_uri
 from vicinal.serving.matching import Matcher, Trials
 from vicinal.serving.objects import THRESHOLD_NAME, open_encoder
 from vicinal.types import Embeddings, InputError, Metrics
@@ -270,7 +271,7 @@ def _benches(
     if queries is not None:
         asked = bring_path(queries, columns)[1]
         bench = Bench.of(manifest, asked)
-        _refuse_same_pictures(manifest, asked, None)
+        refuse_same_pictures(manifest, asked, None)
         return {"fitted": bench}
     if "split" not in manifest.names():
         return {"fitted": Bench.drawn(manifest, references, seed)}
@@ -290,7 +291,7 @@ def _of_run(model: Path, references: int, seed: int) -> dict[str, Bench]:
         raise InputError(f"{model} is no run folder, so name the pictures to fit on: classes it was not trained on")
     recipe = Recipe.load(model / "recipe.yaml")
     manifest = bring(recipe.data)
-    division = _divide(manifest, recipe)
+    division = division_of(manifest, recipe)
     kept = manifest.where(division.val)
     if not len(kept) or not division.selects_on_new_classes(manifest):
         raise InputError(

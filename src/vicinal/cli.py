@@ -56,8 +56,8 @@ def init(
     columns: Columns = None,
 ) -> None:
     """Write a recipe for your folder or table, with what was found in it."""
+    from vicinal.bring import bring_path
     from vicinal.recipe import starter
-    from vicinal.run import bring_path
 
     kind, manifest = bring_path(source, _pairs(columns))
     if out.exists():
@@ -75,8 +75,8 @@ def check(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings here as well.")] = None,
 ) -> None:
     """Say what is in the data and what is wrong with it, before the first minute of training."""
+    from vicinal.bring import bring_path
     from vicinal.data.check import check as check_manifest
-    from vicinal.run import bring_path
 
     _, manifest = bring_path(source, _pairs(columns), check_files=False)
     findings = check_manifest(manifest, near=near)
@@ -102,9 +102,9 @@ def prepare(
     columns: Columns = None,
 ) -> None:
     """Write public and holdout tables by ratio and seed; images stay where they are, but for shards and logos."""
+    from vicinal.bring import bring_path
     from vicinal.data.logos import write_logos
     from vicinal.data.sources import prepare as prepare_manifest
-    from vicinal.run import bring_path
 
     _, manifest = bring_path(source, _pairs(columns))
     if format == "logos":
@@ -125,9 +125,9 @@ def embed(
     columns: Columns = None,
 ) -> None:
     """Embed every image once, to a file of unit vectors, labels and ids."""
+    from vicinal.bring import bring_path, open_uri
     from vicinal.embedding import default_cache
     from vicinal.embedding import embed as embed_manifest
-    from vicinal.run import bring_path, open_uri
 
     _, manifest = bring_path(source, _pairs(columns))
     encoder = open_uri(model, size=size)
@@ -166,8 +166,8 @@ def evaluate(
     """Measure a model or a run on separate catalog and query files: `--k 1 3 10`."""
     from dataclasses import asdict
 
+    from vicinal.bring import bring_path, open_uri
     from vicinal.embedding import default_cache
-    from vicinal.run import bring_path, open_uri
     from vicinal.run import evaluate as evaluate_model
 
     shots = [*(k or ([] if more else [1, 3, 10])), *(_whole(word) for word in more or [])]
@@ -237,7 +237,7 @@ def export(
     push: Annotated[str | None, typer.Option("--push-to-hub", help="ORG/NAME: upload the folder, too.")] = None,
 ) -> None:
     """Write a model for other libraries; each export is loaded there and compared before it is kept."""
-    from vicinal.run import bring_pictures, open_uri
+    from vicinal.bring import bring_pictures, open_uri
     from vicinal.serving.card import of_run
     from vicinal.serving.export import export as export_encoder
     from vicinal.serving.export import push_to_hub
@@ -275,9 +275,9 @@ def index(
     columns: Columns = None,
 ) -> None:
     """Embed pictures into one file to search in; add to it, or take out of it."""
+    from vicinal.bring import bring_pictures, open_uri
     from vicinal.embedding import default_cache
     from vicinal.embedding import embed as embed_manifest
-    from vicinal.run import bring_pictures, open_uri
     from vicinal.serving.index import Index
 
     if not remove and (model is None or source is None):
@@ -311,9 +311,9 @@ def search(
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the neighbours here as well.")] = None,
 ) -> None:
     """Find the nearest items of an index: by picture, by words, by vectors."""
+    from vicinal.bring import bring_pictures, open_uri
     from vicinal.embedding import default_cache, embed_text
     from vicinal.embedding import embed as embed_manifest
-    from vicinal.run import bring_pictures, open_uri
     from vicinal.serving.index import Index
     from vicinal.types import Embeddings
 

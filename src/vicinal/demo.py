@@ -10,10 +10,12 @@ from __future__ import annotations
 import webbrowser
 from pathlib import Path
 
+from vicinal.bring import bring
 from vicinal.data.check import check
+from vicinal.ground import Say
 from vicinal.progress import Bar
 from vicinal.recipe import Recipe
-from vicinal.run import Say, bring, run
+from vicinal.run import run
 
 __all__ = ["RECIPE", "demo"]
 

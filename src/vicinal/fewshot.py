@@ -36,6 +36,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sklearn.base import clone
 from torch import Tensor
 
+from vicinal.bring import bring, bring_path, open_uri, reads_text
 from vicinal.data.benchmarks import BENCHMARKS, load_benchmark
 from vicinal.data.check import leaks as find_leaks
 from vicinal.data.manifest import Manifest, row_list
@@ -49,11 +50,12 @@ from vicinal.evaluation.few_shot_page import few_shot_page, few_shot_plot
 from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.metrics import topk
 from vicinal.evaluation.wording import as_number
+from vicinal.ground import SAME_PICTURE, Say
 from vicinal.heads import HEADS, Head, Selection
 from vicinal.heads.selection import check_policy
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Data, apply_override
-from vicinal.run import SAME_PICTURE, Say, bring, bring_path, environment, open_uri, reads_text
+from vicinal.run import environment
 from vicinal.types import Embeddings, Estimate, InputError, PerQuery
 
 __all__ = ["COLUMNS", "Cell", "Settings", "Task", "bring_source", "fewshot"]

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vicinal.bring import bring_path, open_model, open_uri
 from vicinal.embedding import default_cache, embed
 from vicinal.evaluation.overlap import overlap, overlap_change, overlap_plot
 from vicinal.evaluation.scores import plain
+from vicinal.ground import Say
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import Say, bring_path, open_model, open_uri
 from vicinal.types import Embeddings, InputError
 
 __all__ = ["measure_overlap"]

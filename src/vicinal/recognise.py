@@ -36,14 +36,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from vicinal.bring import bring_path, bring_pictures, holds_voc, open_model
 from vicinal.data.images import image_size
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.sources import read_folder, read_table, read_voc
 from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.verification import decision_differences, decisions
+from vicinal.ground import Say
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
-from vicinal.run import Say, _holds_voc, bring_path, bring_pictures, open_model
 from vicinal.serving.detectors import load_detector
 from vicinal.serving.index import Index
 from vicinal.serving.matching import Fusion, Matcher
@@ -633,7 +634,7 @@ def _pictures(sources: Sequence[str | Path], columns: Mapping[str, str] | None, 
     """Picture files, every picture below a folder, or a table with or without classes; `boxes`: of VOC, where it is."""
     one = Path(sources[0]).expanduser() if len(sources) == 1 else None
     if one is not None and one.is_dir():
-        return read_voc(one) if boxes and _holds_voc(one) else read_folder(one, labels=False)
+        return read_voc(one) if boxes and holds_voc(one) else read_folder(one, labels=False)
     if one is not None and one.suffix.lower() not in IMAGE_ENDINGS and one.suffix not in (".json", ".db"):
         return read_table(one, columns=columns or {}, labels=False)
     return bring_pictures(sources, columns)
