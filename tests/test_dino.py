@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tiny_encoders import FAMILIES
 from vicinal.losses import DINO, CrossEntropy
 from vicinal.models.adapters import Bottleneck, Full, LoRA, adapt
 from vicinal.models.backbones import load_encoder
@@ -178,6 +179,26 @@ def test_a_second_size_has_the_same_weights():
     assert encoder.encode_image(torch.randn(1, 3, 32, 32)).shape == (1, encoder.embedding_dim)
     with pytest.raises(InputError, match="pos_embed"):
         student(method=Full()).at_size((16, 16))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_takes_a_second_size(family: str, tmp_path: Path):
+    encoder = adapt(FAMILIES[family](tmp_path), Bottleneck(dim=4))
+    small = encoder.at_size((16, 16))
+    assert small.preprocess.size == (16, 16)
+    assert encoder.preprocess.size == (32, 32)
+    before = small.encode_image(torch.ones(1, 3, 16, 16))
+    (before * torch.randn(before.shape)).sum().backward()  # a plain sum is what a last norm takes away
+    ups = [p for name, p in encoder.named_parameters() if name.endswith("bottleneck.up.weight")]
+    assert len(ups) == len(encoder.anatomy.image.blocks)
+    assert all(p.grad is not None and p.grad.any() for p in ups)
+    with torch.no_grad():
+        for parameter in ups:
+            parameter.add_(torch.randn(parameter.shape))
+    assert not torch.allclose(small.encode_image(torch.ones(1, 3, 16, 16)), before)
+    assert sum(p.requires_grad for p in small.parameters()) == sum(p.requires_grad for p in encoder.parameters())
+    if encoder.anatomy.text is not None:
+        assert torch.equal(small.encode_text(["a bird"]), encoder.encode_text(["a bird"]))
 
 
 def test_the_head_is_as_published():
