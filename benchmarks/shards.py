@@ -77,8 +77,8 @@ def compared(name: str, spent: np.ndarray, items: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=480)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--images", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{'':28} {'files':>7} {'shards':>7} an image, CPU")

@@ -131,6 +131,7 @@ def test_a_streamed_run_goes_on_exactly_and_says_what_it_left_out(folder: Path, 
     results = json.loads((out / "results.json").read_text())
     stream = results["training"]["stream"]
     assert stream["left_out"] >= 1
+    assert any("not compared with what is measured" in note for note in results["data"]["notes"])
     assert f"{broken.name}: cut or damaged" in stream["first"][0]
     assert any(line.startswith("stream: ") for line in said)
     whole = untimed(out)

@@ -100,6 +100,9 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
         if cut := _cut_captions(original, manifest.where(division.train)):
             say(f"captions: {cut}")
             division = replace(division, notes=(*division.notes, cut))
+    if recipe.data.streamed is not None:
+        unseen = "what is streamed is not compared with what is measured: pictures that stand in both are not found"
+        division = replace(division, notes=(*division.notes, unseen))
     reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
     probe = _probe(recipe, original, manifest.where(division.train))
     trained = division.train | division.val

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import posixpath
 import re
 import warnings
@@ -59,6 +60,7 @@ IN_TAR: Final = r"^(.*\.tar)[/\\](.+)#([0-9]+)\+([0-9]+)$"
 """The path of a file inside a tar: that of the tar, the file's name there, its first byte, and how many there are."""
 
 _TAR_BLOCK: Final = 512
+_BINARY: Final = getattr(os, "O_BINARY", 0)  # Windows alone has it, and needs it
 
 # The EXIF orientations (1 is upright) that exchange height and width, and those that mirror left and right, or top and
 # bottom, once that is done. EXIF 2.32, section 4.6.5.
@@ -113,9 +115,14 @@ class Member(NamedTuple):
             InputError: what lies at this place is not this file: the tar was written anew since.
         """
         wanted = self.size if count < 0 else min(count, self.size)
-        with open(self.tar, "rb") as file:  # noqa: PTH123  (as in read_bytes)
-            file.seek(self.offset - _TAR_BLOCK)
-            data = file.read(_TAR_BLOCK + wanted)
+        handle = os.open(self.tar, os.O_RDONLY | _BINARY)  # a file object would take longer than the reading
+        try:
+            os.lseek(handle, self.offset - _TAR_BLOCK, os.SEEK_SET)
+            data = os.read(handle, _TAR_BLOCK + wanted)
+            while len(data) < _TAR_BLOCK + wanted and (more := os.read(handle, _TAR_BLOCK + wanted - len(data))):
+                data += more  # a read may stop short, on network drives and after 2 GB
+        finally:
+            os.close(handle)
         if len(data) < _TAR_BLOCK + wanted or not self._headed_by(data[:_TAR_BLOCK]):
             raise InputError(
                 f"{self.path}: {self.tar} was written anew or cut since it was read; read the shards again"
