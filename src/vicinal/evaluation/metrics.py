@@ -200,7 +200,7 @@ def class_neighbours(vectors: Float[Tensor, "N D"], labels: Int[Tensor, "N"], k:
     """The k classes nearest to each class, by the cosine of their means: what `HardClassSampler` takes.
 
     Exact, and blockwise as `topk` is: 100,000 classes of 512 numbers cost 10^13 operations, so seconds on a GPU or many
-    cores, and under a minute on one core that multiplies bfloat16.
+    cores, and about a minute on one core that multiplies bfloat16.
 
     Args:
         vectors: normalised here, so that long ones do not outweigh others.
