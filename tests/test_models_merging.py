@@ -1,4 +1,4 @@
-"""Averages of weights: between two encoders, and over steps."""
+"""Averages of weights: between two encoders, of several, and over steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_encoders import FAMILIES, disturb, images, timm
 from vicinal.models.adapters import BitFit, Full, LastBlocks, LinearHead, LoRA, adapt, merge, trainable
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
-from vicinal.models.merging import EMA, interpolate
+from vicinal.models.merging import EMA, average, interpolate
 from vicinal.types import InputError
 
 
@@ -52,6 +52,46 @@ def test_the_ends_are_exact(encoder: Encoder) -> None:
     for weight, end in ((0.0, encoder), (1.0, merge(after))):
         state = interpolate(encoder, after, weight).state_dict()
         assert all(torch.equal(tensor, end.state_dict()[name]) for name, tensor in state.items())
+
+
+def test_a_soup_is_the_weighted_mean_of_every_weight(encoder: Encoder) -> None:
+    several = []
+    for seed in range(3):
+        one = adapt(encoder, LoRA(rank=2) if seed else BitFit())
+        disturb(trainable(one), seed=seed)
+        several.append(one)
+    states = [merge(one).state_dict() for one in several]
+    for shares, expected in (
+        (None, (1 / 3, 1 / 3, 1 / 3)),
+        ((2.0, 1.0, 1.0), (0.5, 0.25, 0.25)),
+        ((0, 0, 3), (0, 0, 1)),
+    ):
+        soup = average(several, shares)
+        assert soup.adapters == ()
+        for name, tensor in soup.state_dict().items():
+            if tensor.is_floating_point():
+                mean = sum(v * state[name].double() for v, state in zip(expected, states, strict=True))
+                torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-6)
+    assert all(
+        torch.equal(merge(one).state_dict()[k], v)
+        for one, state in zip(several, states, strict=True)
+        for k, v in state.items()
+    )
+
+
+@pytest.mark.parametrize("shares", [[], [1.0], [1.0, -1.0], [0.0, 0.0]])
+def test_shares_of_a_soup_that_make_no_mean(shares: list[float]) -> None:
+    one = load_encoder("timm:test_vit", size=32, random_init=True)
+    with pytest.raises(InputError, match="not all of them 0"):
+        average([one, one], shares)
+
+
+def test_a_soup_of_a_head_and_none_is_refused() -> None:
+    one = load_encoder("timm:test_vit", size=32, random_init=True)
+    with pytest.raises(InputError, match="nothing to average it with"):
+        average([one, adapt(one, LinearHead(dim=8))])
+    with pytest.raises(InputError, match="one at least"):
+        average([])
 
 
 def test_two_ways_of_adapting_meet(encoder: Encoder) -> None:

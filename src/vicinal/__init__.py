@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "adapt": "models.adapters",
     "ArcFace": "losses",
+    "average": "models.merging",
     "BitFit": "models.adapters",
     "Bottleneck": "models.adapters",
     "check": "data.check",
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
     from vicinal.models.adapters import merge as merge
     from vicinal.models.backbones import load_encoder as load_encoder
     from vicinal.models.encoder import Encoder as Encoder
+    from vicinal.models.merging import average as average
     from vicinal.models.merging import interpolate as interpolate
     from vicinal.recipe import Recipe as Recipe
     from vicinal.serving.export import export as export

@@ -291,12 +291,13 @@ def _probe(recipe: Recipe, encoder: Encoder, train: Manifest) -> Probe | None:
         if part not in parts:
             raise InputError(f"probe.part is {part}, and the probe's data has {', '.join(parts) or 'no column split'}")
         manifest = manifest.where(parts[part])
-    trained = {train.path(i).resolve() for i in range(len(train))}
-    both = [i for i in range(len(manifest)) if manifest.path(i).resolve() in trained]
-    if both:
+    trained, asked = (
+        [os.path.normpath(side.root.resolve() / file) for file in side.column("image")] for side in (train, manifest)
+    )
+    if both := set(trained).intersection(asked):
         raise InputError(
-            f"probe: {len(both)} of its pictures are trained on, the first {manifest.path(both[0])}; take others, such "
-            "as probe.part=test"
+            f"probe: {len(both)} of its pictures are trained on, the first {min(both)}; take others, such as "
+            "probe.part=test"
         )
     settings = {"device": recipe.device, "precision": recipe.precision}
     cache = default_cache() if recipe.cache == "auto" else recipe.cache

@@ -1,14 +1,15 @@
-"""Averages of weights: between the original and the tuned encoder (WiSE-FT), and over training steps (EMA).
+"""Averages of weights: between original and tuned encoder (WiSE-FT), of several tuned ones (soup), over steps (EMA).
 
+    soup:     theta = sum_i v_i theta_i,  sum_i v_i = 1             Wortsman et al. 2022, arXiv:2203.05482
     WiSE-FT:  theta = (1 - w) theta_before + w theta_after          Wortsman et al. 2021, arXiv:2109.01903
     EMA:      average <- d average + (1 - d) theta,   d = min(decay, (1 + t) / (10 + t))
 
-Letters: w weight of the tuned encoder, d decay, t updates so far.
+Letters: v shares of the encoders, w weight of the tuned encoder, d decay, t updates so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,7 +19,7 @@ from vicinal.models.adapters import Bottleneck, LinearHead, VisualPrompt, merge
 from vicinal.models.encoder import Encoder
 from vicinal.types import InputError
 
-__all__ = ["EMA", "interpolate"]
+__all__ = ["EMA", "average", "interpolate"]
 
 
 def interpolate(before: Encoder, after: Encoder, weight: float) -> Encoder:
@@ -59,6 +60,43 @@ def interpolate(before: Encoder, after: Encoder, weight: float) -> Encoder:
             with torch.no_grad():
                 ours[name].copy_(torch.lerp(theirs[name].to(ours[name]), ours[name], weight))
     return new
+
+
+def average(encoders: Sequence[Encoder], shares: Sequence[float] | None = None) -> Encoder:
+    """A soup: one encoder whose weights are the mean of those of several, as of trainings with several seeds.
+
+    All must come from one pretrained model; of trainings from random weights the mean is worth nothing. Buffers are
+    the last one's. The logit scale of an image-text model is a logarithm, and averaged as one.
+
+    Args:
+        encoders: of one architecture and input size, adapted in any way; their adapters are merged first.
+        shares: v, not negative; scaled to a sum of 1. None: all alike.
+
+    Raises:
+        InputError: there is none; shares that are not as many, negative or all zero; encoders that differ in
+            architecture, or that have heads, prompts or bottlenecks not all have.
+
+    >>> from vicinal.models.backbones import load_encoder
+    >>> one, other = (load_encoder("timm:test_vit", size=32, random_init=True) for _ in range(2))
+    >>> same = average([one, other], shares=[1, 0])
+    >>> x = torch.rand(1, 3, 32, 32)
+    >>> torch.allclose(same.encode_image(x), one.encode_image(x), atol=1e-5)
+    True
+    """
+    values = [1.0] * len(encoders) if shares is None else list(shares)
+    if not encoders or len(values) != len(encoders) or min(values) < 0 or sum(values) <= 0:
+        raise InputError(
+            f"{len(encoders)} encoders and the shares {values}: give one at least, and for each a share of 0 or more, "
+            "not all of them 0"
+        )
+    if len({sum(isinstance(method, LinearHead) for method in encoder.adapters) for encoder in encoders}) > 1:
+        raise InputError("some of the encoders have a new head and some have none: there is nothing to average it with")
+    # A running mean: each is taken in with its share of what is in by then.
+    soup, taken = merge(encoders[0]), values[0]
+    for encoder, share in zip(encoders[1:], values[1:], strict=True):
+        taken += share
+        soup = interpolate(soup, encoder, share / taken if taken else 1.0)
+    return soup
 
 
 class EMA:
