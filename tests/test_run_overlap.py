@@ -73,6 +73,7 @@ def test_images_without_labels_are_trained_on_and_others_measured(generic: Path,
     assert results["data"]["train_images"] == 12
     assert results["data"]["parts"]["photos"]["queries"] == results["after"]["photos"]["map@r"]["queries"]
     assert results["training"]["selected_on"] == "nothing: the last step"
+    assert results["training"]["best_value"] is None, "NaN is no JSON"
     assert "photos" in (out / "report.html").read_text()
     before, after = (Embeddings.load(out / "embeddings" / side / "photos.safetensors") for side in ("before", "after"))
     assert results["overlap"]["before"]["photos"]["overlap"]["value"] == overlap(before)["overlap"].value

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from vicinal.bring import bring
 from vicinal.data.glyphs import load_glyphs
 from vicinal.data.manifest import Manifest
 from vicinal.data.shards import write_shards
@@ -193,6 +194,41 @@ def test_an_epoch_of_unknown_length_needs_steps(folder: Path, tmp_path: Path) ->
     streamed = parts(tmp_path, stream=True, train_eval=f"{tmp_path}/train_000.tar")
     with pytest.raises(InputError, match=r"no shards\.json beside them.* give steps"):
         run(recipe(streamed, steps=None, epochs=2), tmp_path / "run", say=lambda _: None)
+    with pytest.raises(InputError, match="give steps, and evaluate_every in steps"):
+        run(recipe(streamed, steps=4, evaluate_every="epoch"), tmp_path / "other", say=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": "{train,test}_000.tar"}, r"test_000\.tar is among the shards of train and of test"),
+        ({"val_eval": "train_001.tar"}, r"train_001\.tar is among the shards of train and of val_eval"),
+        ({"train_eval": "val_000.tar"}, r"train_eval: .*val_000\.tar is not among the shards of train"),
+    ],
+)
+def test_a_stream_and_what_is_measured_share_no_shard(folder: Path, change: dict[str, str], message: str) -> None:
+    shards = parts(folder, stream=True, train_eval=f"{folder}/../{folder.name}/train_000.tar")
+    given = recipe(shards | {part: f"{folder}/{pattern}" for part, pattern in change.items()})
+    with pytest.raises(InputError, match=message):
+        bring(given.data)
+
+
+def test_of_a_stream_it_is_not_claimed_which_classes_are_new(glyphs: Manifest, tmp_path: Path) -> None:
+    """The one shard that is looked at holds half of the classes; all of them are trained on."""
+    first = glyphs.where(glyphs.labels() < 4)
+    second = glyphs.where(glyphs.labels() >= 4)
+    for number, half in enumerate((first, second)):
+        rows = [word == "train" for word in half.column("split")]
+        write_shards(half.where(rows), tmp_path / f"train{number}_%d.tar", items=100)
+    for part in ("val", "test"):
+        write_shards(glyphs.where([word == part for word in glyphs.column("split")]), tmp_path / f"{part}_%d.tar")
+    streamed = parts(tmp_path, train=f"{tmp_path}/train*.tar", train_eval=f"{tmp_path}/train0_0.tar", stream=True)
+    out = run(recipe(streamed, steps=2), tmp_path / "run", say=lambda _: None)
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["data"]["parts"]) == ["all"]
+    assert results["data"]["train_images"] == sum(word == "train" for word in glyphs.column("split"))
+    assert results["data"]["train_classes"] is None
+    assert any("which classes are streamed is not known" in note for note in results["data"]["notes"])
 
 
 def test_fewer_items_than_a_batch(folder: Path, tmp_path: Path) -> None:

@@ -192,10 +192,10 @@ def sampler_of(train: Manifest, untuned: Embeddings, recipe: Recipe) -> Batches:
         size = recipe.sampler.shuffle.batch_size if recipe.sampler.shuffle else 64
         buffer = BUFFER if recipe.data.shards.shuffle is True else int(recipe.data.shards.shuffle)
         plan = StreamPlan(streamed, size, recipe.seed, buffer, recipe.data.columns.get("label"))
-        if plan.items is None and recipe.steps is None:
+        if (recipe.steps is None or recipe.evaluate_every == "epoch") and plan.items is None:
             raise InputError(
                 "how many samples the shards of data.shards.train have stands nowhere (no shards.json beside them), so "
-                "an epoch has no length: give steps"
+                "an epoch has no length: give steps" + (", and evaluate_every in steps" if recipe.steps else "")
             )
         return plan
     match recipe.sampler:

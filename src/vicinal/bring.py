@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from vicinal.data.benchmarks import load_benchmark
 from vicinal.data.glyphs import load_glyphs
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
+from vicinal.data.shards import Patterns, expand
 from vicinal.data.sources import read_coco, read_folder, read_hub, read_open_images, read_shards, read_table, read_voc
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
@@ -29,6 +31,7 @@ def bring(data: Data) -> Manifest:
         parts = ("train", "val", "test", "train_eval", "val_eval")
         where = {part: shards for part in parts if (shards := getattr(where, part)) is not None}
         if data.streamed is not None:
+            _refuse_mixed(data.streamed, where)
             where["train"] = where["train_eval"]
     if isinstance(where, TrainValTest):
         where = {name: path for name, path in where.model_dump().items() if path is not None}
@@ -63,6 +66,22 @@ def bring(data: Data) -> Manifest:
         if len(manifest) == 0:
             raise InputError(f"data.min_images={data.min_images} leaves no class; the largest has {sizes.max()} images")
     return manifest
+
+
+def _refuse_mixed(streamed: Patterns, parts: Mapping[str, Patterns]) -> None:
+    """What is streamed is not indexed, so `read_shards` cannot see that it is measured, or not looked at, too."""
+
+    def named(patterns: Patterns) -> dict[str, str]:
+        return {shard if "://" in shard else os.path.realpath(shard): shard for shard in expand(patterns)}
+
+    trained = named(streamed)
+    for part in sorted(parts.keys() - {"train", "train_eval"}):
+        if both := [shard for place, shard in named(parts[part]).items() if place in trained]:
+            raise InputError(f"data.shards: {both[0]} is among the shards of train and of {part}; an item has one part")
+    if absent := [shard for place, shard in named(parts["train_eval"]).items() if place not in trained]:
+        raise InputError(
+            f"data.shards.train_eval: {absent[0]} is not among the shards of train, so it would tell nothing of them"
+        )
 
 
 def bring_path(

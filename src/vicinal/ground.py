@@ -102,7 +102,8 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
             division = replace(division, notes=(*division.notes, cut))
     if recipe.data.streamed is not None:
         unseen = "what is streamed is not compared with what is measured: pictures that stand in both are not found"
-        division = replace(division, notes=(*division.notes, unseen))
+        classes = "which classes are streamed is not known: those that are measured may be new or not"
+        division = replace(division, notes=(*division.notes, unseen, classes))
     reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
     probe = _probe(recipe, original, manifest.where(division.train))
     trained = division.train | division.val
@@ -178,6 +179,8 @@ def division_of(manifest: Manifest, recipe: Recipe) -> Division:
     """
     kind, settings = recipe.split.chosen
     division = divide(manifest, kind, **settings.model_dump())
+    if recipe.data.streamed is not None:
+        division = division.as_one(manifest)
     if not can_select(manifest.where(division.val), recipe):
         if recipe.wise_ft == "auto":
             raise InputError(

@@ -183,8 +183,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         "data": {
             "images": len(manifest),
             "classes": len(manifest.classes),
-            "train_images": int(division.train.sum()),
-            "train_classes": int(torch.unique(manifest.labels()[division.train]).numel()),
+            **_trained_on(recipe, manifest.where(division.train), facts[0]),
             "trained_on": list(manifest.where(division.train).compact().classes),
             "val_images": int(division.val.sum()),
             "parts": {name: _part_counts(manifest, part) for name, part in division.parts.items()}
@@ -337,6 +336,8 @@ def _train(
         chosen.encoder.save(out / "model")
         between["wise_ft"] = {"weight": chosen.weight, "curve": chosen.curve}
     processes.wait()
+    if isinstance(sampler, StreamPlan):
+        between["streamed_items"] = sampler.items
     if streams:
         left_out = dict(pair for several in processes.gathered(streams[-1].skipped) for pair in several)
         between["stream"] = {"left_out": len(left_out), "first": [f"{k}: {v}" for k, v in list(left_out.items())[:5]]}
@@ -618,12 +619,19 @@ def _part_counts(manifest: Manifest, part: Part) -> dict[str, int]:
     }
 
 
+def _trained_on(recipe: Recipe, train: Manifest, facts: Mapping[str, Any]) -> dict[str, int | None]:
+    """How many images and classes; of a stream, of which a few shards are looked at, what is recorded of it."""
+    if recipe.data.streamed is not None:
+        return {"train_images": facts["streamed_items"], "train_classes": None}
+    return {"train_images": len(train), "train_classes": len(train.compact().classes)}
+
+
 def _training(fitted: FitResult, counts: Mapping[str, int], selected: bool) -> dict[str, Any]:
     rates = [row["images_per_second"] for row in fitted.history if "images_per_second" in row]
     return {
         "steps": fitted.steps,
         "best_step": fitted.best_step,
-        "best_value": fitted.best_value,
+        "best_value": None if math.isnan(fitted.best_value) else fitted.best_value,  # NaN is no JSON
         "selected_on": "validation" if selected else "nothing: the last step",
         "stopped_early": fitted.stopped_early,
         "seconds": round(fitted.seconds, 1),

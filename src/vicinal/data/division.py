@@ -1,8 +1,8 @@
 """A manifest divided for a run: what is trained on, selected on, and measured on, as masks over its rows.
 
 The parts that are measured are `seen` (classes that were trained on, images that were not), `unseen` (classes that
-were not), `joint` (both, scored among all classes) or, where every class is trained on, `all`. Where everything is
-trained on there are none, and what is measured is other data.
+were not), `joint` (both, scored among all classes) or, where every class is trained on, or which are is not known,
+`all`. Where everything is trained on there are none, and what is measured is other data.
 """
 
 from __future__ import annotations
@@ -72,6 +72,14 @@ class Division:
         """Whether no class of the validation part is trained on."""
         labels = manifest.labels()
         return not bool(torch.isin(labels[self.val], labels[self.train]).any())
+
+    def as_one(self, manifest: Manifest) -> Division:
+        """The same rows, measured as one part, `all`: where not all that is trained on is in the manifest.
+
+        Which of the measured classes are new is then not known.
+        """
+        part = Part(self.queries(), self.val, _where_lacking(self.train, self.val, manifest.labels()))
+        return Division(self.train, self.val, {"all": part}, self.notes)
 
     def measured(self) -> Bool[Tensor, "N"]:
         """The rows that some part needs."""

@@ -127,7 +127,7 @@ def of_run(folder: Path) -> dict[str, Any]:
     about, card = results.get("data", {}), {}
     names = {"images": "images", "classes": "classes", "train_images": "trained on, images",
              "train_classes": "trained on, classes"}  # fmt: skip
-    if data := {words: about[key] for key, words in names.items() if key in about}:
+    if data := {words: about[key] for key, words in names.items() if about.get(key) is not None}:
         card["data"] = data
     main = ("map@r", "recall@1", "accuracy@1shot", "accuracy@0shot")
     sides = {
