@@ -370,7 +370,7 @@ def test_adapter_alone(nano: Encoder, tmp_path: Path, here: None) -> None:
     assert "library_name: peft\n" in card
     assert not any("lora" in name for name, _ in exports._without_updates(adapted).named_modules())
     assert any("lora" in name for name, _ in adapted.named_modules())  # the encoder itself is as it was
-    with pytest.raises(InputError, match=r"no adapter.*exported as transformers or open_clip"):
+    with pytest.raises(InputError, match=r"no lora.*exported as transformers or open_clip"):
         export(nano, tmp_path / "none", format="adapter")
 
 

@@ -70,7 +70,7 @@ def random_bottleneck(
         return moved(encoder, original, images)
 
     low, high = 0.0, 0.1
-    while at(high) < distance:
+    while not at(high) >= distance:  # an overflow is NaN, and moves nothing
         low, high = high, 2 * high
         if high > 1e4:
             raise InputError(f"random weights move these embeddings by less than {distance}: ask for less")
