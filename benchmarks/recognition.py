@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from torch import Tensor
 
+from vicinal.bring import starting_model
 from vicinal.calibrate import enrolments, trials_of
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_table, read_voc
@@ -32,7 +33,7 @@ from vicinal.data.voc import base_brand
 from vicinal.embedding import default_cache, embed
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.encoder import Encoder
-from vicinal.recognise import Judged, Scenes, judge, measure, recognise, starting_model
+from vicinal.recognise import Judged, Scenes, judge, measure, recognise
 from vicinal.serving.detectors import Boxes, Detector, load_detector
 from vicinal.serving.matching import Matcher
 from vicinal.serving.objects import ObjectMatcher, open_encoder

@@ -157,6 +157,8 @@ def test_a_turned_picture_turns_its_boxes_if_they_were_drawn_on_the_raw_one(orie
     [
         ("<annotation>\n<object>\n</annotation>", r"1.xml, line 3: it is not XML \(mismatched tag"),
         ("", r"1.xml, line 1: it is not XML \(no element"),
+        ('<?xml version="1.0" encoding="gbk"?>\n<annotation/>', r"1.xml, line 1: it cannot be read \(multi-byte"),
+        ('<?xml version="1.0" encoding="klingon"?>\n<annotation/>', r"1.xml, line 1: it cannot be read \(unknown enc"),
         ("<annotation>\n<object>\n<name> </name></object></annotation>", "1.xml, line 2: an object has no name"),
         (
             "<annotation>\n<!-- <object> -->\n<object><name>a</name></object></annotation>",
@@ -168,7 +170,7 @@ def test_a_turned_picture_turns_its_boxes_if_they_were_drawn_on_the_raw_one(orie
             "line 1: the box of 'a' has no number as ymin, ymax",
         ),
     ],
-    ids=["cut off", "empty", "no name", "no box", "no numbers"],
+    ids=["cut off", "empty", "GBK", "no encoding", "no name", "no box", "no numbers"],
 )
 def test_a_broken_file_is_named_with_its_line(content: str, message: str, tmp_path: Path):
     one(tmp_path)

@@ -15,14 +15,16 @@ import numpy as np
 import pytest
 import torch
 import typer.main
+from click.testing import Result
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from typer.testing import CliRunner
 
 from test_serving_objects import yolos
+from vicinal.bring import starting_model
 from vicinal.cli import app
 from vicinal.data.manifest import Manifest
-from vicinal.data.sources import read_folder, write_coco, write_table, write_voc
+from vicinal.data.sources import read_folder, read_table, write_coco, write_table, write_voc
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
@@ -37,7 +39,6 @@ from vicinal.recognise import (
     read_truth,
     recognise,
     sheet,
-    starting_model,
 )
 from vicinal.serving.detectors import Boxes
 from vicinal.serving.matching import Matcher
@@ -343,6 +344,10 @@ def test_a_baseline_is_what_the_run_began_with(tmp_path: Path, encoder: Encoder)
     assert list(opened)[1] == str(tmp_path)
     assert start.preprocess.crop == "pad"
     assert tuned.fingerprint() == encoder.fingerprint()
+    with (tmp_path / "recipe.yaml").open("a") as recipe:
+        recipe.write("random_init: true\n")
+    with pytest.raises(InputError, match="random weights, which are gone"):  # others than the run's would be drawn
+        open_models([str(tmp_path)], baseline=True)
 
 
 # ---- the command
@@ -416,6 +421,26 @@ def test_match_refuses_what_cannot_be(data: Path, tmp_path: Path, encoder: Encod
     assert "finds no boxes" in refused("--detector", str(Path(vicinal_nano())))
     assert "not a file of a open-set threshold" in refused("-t", str(tmp_path / "nothing.json"))
     assert "one of the two" in refused(str(data / "scenes"))
+    assert "k and min_votes must be at least 1, not 0" in refused("--k", "0")
+    assert "pad is 0 or more" in refused("--pad", "-1")
+
+
+def test_an_object_is_not_its_own_reference(data: Path, tmp_path: Path) -> None:
+    """By its box, or as a whole picture; another object of the same picture is another one."""
+    rows = read_table(data / "truth.csv")
+    whole = Manifest.build({"image": ["scenes/shop/0.png"], "label": ["A"]}, data)
+    for name, references in (("own", rows), ("whole", whole), ("others", rows.where(np.arange(9) == 0))):
+        write_table(references, tmp_path / f"{name}.csv")
+    write_table(rows.where(np.arange(9) > 0), tmp_path / "truth.csv")
+
+    def asked(name: str) -> Result:
+        words = ["--truth", str(tmp_path / "truth.csv"), "--references", str(tmp_path / f"{name}.csv")]
+        return CliRunner().invoke(app, ["match", *words, "-e", "vicinal:nano"])
+
+    assert "5 pictures of the truth are references too" in str(asked("own").exception)
+    assert "1 pictures of the truth are references too" in str(asked("whole").exception)
+    found = asked("others")
+    assert found.exit_code == 0, found.output
 
 
 def test_the_page_says_what_runs(

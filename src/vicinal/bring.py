@@ -21,7 +21,16 @@ from vicinal.models.tokenizers import MissingTokenizer
 from vicinal.recipe import Data, Recipe, Shards, TrainValTest
 from vicinal.types import InputError
 
-__all__ = ["bring", "bring_path", "bring_pictures", "holds_voc", "open_model", "open_uri", "reads_text"]
+__all__ = [
+    "bring",
+    "bring_path",
+    "bring_pictures",
+    "holds_voc",
+    "open_model",
+    "open_uri",
+    "reads_text",
+    "starting_model",
+]
 
 
 def bring(data: Data) -> Manifest:
@@ -150,6 +159,24 @@ def open_model(recipe: Recipe) -> Encoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         return with_text_tower(encoder, TextTower(**recipe.text_tower.model_dump()))
+
+
+def starting_model(run: str | Path) -> Encoder:
+    """The model that a run began with, under the run's own preprocessing: what its tuned one is to be compared with.
+
+    Raises:
+        InputError: this is no run folder, or it began with random weights, which are gone.
+    """
+    recipe = Path(run).expanduser() / "recipe.yaml"
+    if not recipe.is_file():
+        raise InputError(
+            f"{run} is no run folder (it has no recipe.yaml), so what it began with is not known; name a model to "
+            "compare with"
+        )
+    settings = Recipe.load(recipe)
+    if settings.random_init:
+        raise InputError(f"{run} began with random weights, which are gone; name another model to compare with")
+    return open_model(settings)
 
 
 def reads_text(encoder: Encoder) -> bool:

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,12 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from vicinal.bring import bring, bring_path, open_model, open_uri
+from vicinal.bring import bring, bring_path, open_uri, starting_model
 from vicinal.data.logos import references_and_queries
 from vicinal.data.manifest import Manifest
 from vicinal.embedding import default_cache, embed
 from vicinal.evaluation import verification
+from vicinal.evaluation.scores import plain
 from vicinal.evaluation.thresholds import Shown, draw
 from vicinal.ground import division_of, refuse_same_pictures
 from vicinal.heads.calibration import OpenSetThreshold
@@ -247,9 +247,7 @@ def calibrate(
 def _opened(model: Path, uri: str, size: int | None) -> Encoder:
     if uri != "start":  # a folder may be an export, too
         return open_encoder(uri) if size is None and Path(uri).expanduser().is_dir() else open_uri(uri, size=size)
-    if not (model / "recipe.yaml").is_file():
-        raise InputError(f"baseline start is what a run began with, and {model} is no run folder; name a model")
-    return open_model(Recipe.load(model / "recipe.yaml"))
+    return starting_model(model)
 
 
 # ---- what is compared
@@ -458,20 +456,20 @@ def _content(found: Mapping[str, _Side], benches: Mapping[str, Bench], resamples
             "gallery": side.rule.gallery,
             "settings": side.rule.settings_,
             "threshold": side.rule.threshold_,
-            "intervals": _plain(side.intervals),
+            "intervals": plain(side.intervals),
             "by_gallery": side.by_gallery,
             "confused": side.confused,
         }
         for part, pairs in side.pairs.items():
             metrics = verification.verification(pairs, thresholds=(*ABOVE, reference), resamples=resamples)
             content[name][part] = {
-                "decisions": _plain(side.decisions[part]),
-                "pairs": _plain(metrics),
+                "decisions": plain(side.decisions[part]),
+                "pairs": plain(metrics),
                 "percentiles": pairs.percentiles(),
             }
     if "baseline" in found:
         content["difference"] = {
-            part: _plain(_difference(found["baseline"], found["model"], part, resamples)) for part in benches
+            part: plain(_difference(found["baseline"], found["model"], part, resamples)) for part in benches
         }
     return content
 
@@ -540,12 +538,3 @@ def _lines(found: Mapping[str, _Side], content: Mapping[str, Any]) -> list[str]:
 
 def _largest(references: Manifest) -> int:
     return int(torch.bincount(references.labels()).max())
-
-
-def _plain(metrics: Metrics) -> dict[str, dict[str, Any]]:
-    """JSON has no NaN."""
-
-    def number(value: Any) -> Any:  # noqa: ANN401  a field of an estimate
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {name: {k: number(v) for k, v in asdict(e).items()} for name, e in metrics.items()}

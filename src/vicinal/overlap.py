@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vicinal.bring import bring_path, open_model, open_uri
+from vicinal.bring import bring_path, open_uri, starting_model
 from vicinal.embedding import default_cache, embed
 from vicinal.evaluation.overlap import overlap, overlap_change, overlap_plot
 from vicinal.evaluation.scores import plain
 from vicinal.ground import Say
 from vicinal.models.encoder import Encoder
-from vicinal.recipe import Recipe
 from vicinal.types import Embeddings, InputError
 
 __all__ = ["measure_overlap"]
@@ -84,16 +83,13 @@ def measure_overlap(
 
 
 def _open(model: str, before: str | None, size: int | None) -> _Models:
-    kept = Path(model).expanduser() / "recipe.yaml"
     after = open_uri(model)
     if before is not None:
         return _Models(open_uri(before, size=size or after.preprocess.size[0]), after)
-    if not kept.is_file():
-        raise InputError(f"{model} is no run folder, so name what it is to be compared with: --before MODEL")
-    recipe = Recipe.load(kept)
-    if recipe.random_init:
-        raise InputError(f"{model} began with random weights, which are gone; name another beginning: --before MODEL")
-    return _Models(open_model(recipe), after)
+    try:
+        return _Models(starting_model(model), after)
+    except InputError as error:
+        raise InputError(f"{error} (--before MODEL)") from error
 
 
 def _name(source: str | Path) -> str:

@@ -20,11 +20,10 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-import math
 import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -36,15 +35,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from vicinal.bring import bring_path, bring_pictures, holds_voc, open_model
+from vicinal.bring import bring_path, bring_pictures, holds_voc, starting_model
 from vicinal.data.images import image_size
 from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.sources import read_folder, read_table, read_voc
 from vicinal.evaluation.intervals import mean
+from vicinal.evaluation.scores import plain
 from vicinal.evaluation.verification import decision_differences, decisions
 from vicinal.ground import Say
 from vicinal.models.encoder import Encoder
-from vicinal.recipe import Recipe
 from vicinal.serving.detectors import load_detector
 from vicinal.serving.index import Index
 from vicinal.serving.matching import Fusion, Matcher
@@ -64,7 +63,6 @@ __all__ = [
     "read_references",
     "read_truth",
     "recognise",
-    "starting_model",
 ]
 
 IOU = 0.5  # from which on a box is on an object
@@ -190,20 +188,26 @@ def read_truth(
     return Scenes.of(manifest, whole=True).drawn(count, seed)
 
 
+def _refuse_own(references: Manifest | Index | Matcher, scenes: Scenes) -> None:
+    """An object that is its own reference would find itself. An index or a matcher has no paths to tell by."""
+    if not isinstance(references, Manifest):
+        return
+    boxes = references.column("box") if "box" in references.names() else [None] * len(references)
+    given = {(references.path(row).resolve(), None if box is None else tuple(box)) for row, box in enumerate(boxes)}
+    both = [
+        name
+        for path, name, own in zip(scenes.paths, scenes.names, scenes.boxes, strict=True)
+        if any((path.resolve(), box) in given for box in (None, *own))
+    ]
+    if both:
+        raise InputError(
+            f"{len(both)} pictures of the truth are references too, the first {both[0]}, and would find themselves: "
+            "take them out of one side"
+        )
+
+
 def _only(manifest: Manifest, column: str, value: str) -> Manifest:
     return manifest.where(np.array([one == value for one in manifest.column(column)], dtype=bool))
-
-
-def starting_model(run: str | Path) -> Encoder:
-    """The model that a run began with, under the run's own preprocessing: what its tuned one is to be compared with.
-
-    Raises:
-        InputError: this is no run folder.
-    """
-    recipe = Path(run).expanduser() / "recipe.yaml"
-    if not recipe.is_file():
-        raise InputError(f"{run} is no run folder (it has no recipe.yaml), so what it began with is not known")
-    return open_model(Recipe.load(recipe))
 
 
 def open_models(models: Sequence[str], *, size: int | None = None, baseline: bool = False) -> dict[str, Encoder]:
@@ -669,9 +673,10 @@ def measure_models(
         "given" and "found" -> model -> metric -> value, low, high, n; "difference" of the last to the first.
 
     Raises:
-        InputError: as `judge` and `ObjectMatcher` say.
+        InputError: as `judge` and `ObjectMatcher` say; a picture of the truth is a reference too.
     """
     scenes = read_truth(truth, settings.columns, count=count, seed=seed)
+    _refuse_own(read_references(settings.references, settings.columns), scenes)
     opened = open_models(models, size=settings.size, baseline=baseline)
     places = [model for model in models for _ in range(1 + baseline)]
     if baseline:  # a run's threshold is of its tuned model
@@ -705,20 +710,13 @@ def measure_models(
             at = "no threshold" if limits[name] is None else f"t = {limits[name]:.3f}"
             say(f"  {name}, {at}")
             say("    " + "   ".join(f"{key} {metrics[key]}" for key in SHOWN))
-        results[way] = {name: _plain(metrics) for name, metrics in measured.items()}
+        results[way] = {name: plain(metrics) for name, metrics in measured.items()}
         if len(measured) > 1:
             one, *_, other = judged[way].values()
             difference = compare(one, other, seed=seed)
             say(f"  difference, {list(measured)[-1]} - {next(iter(measured))}")
             say("    " + "   ".join(f"{key} {difference[key]}" for key in SHOWN))
-            results[way]["difference"] = _plain(difference)
+            results[way]["difference"] = plain(difference)
     if json_out is not None:
         json_out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return results
-
-
-def _plain(metrics: Metrics) -> dict[str, dict[str, float | int | None]]:
-    return {
-        name: {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in asdict(one).items()}
-        for name, one in metrics.items()
-    }

@@ -182,6 +182,8 @@ def _read_one(root: Path, file: str, min_side: float | int, one_based: bool) -> 
         content = ET.fromstring(data)
     except ET.ParseError as error:
         return f"{file}, line {error.position[0]}: it is not XML ({error})"
+    except (ValueError, LookupError) as error:  # of encodings that the parser does not have, such as GBK
+        return f"{file}, line 1: it cannot be read ({error}); write it as UTF-8"
     image = _image_of(root, file, (content.findtext("filename") or "").strip())
     if image is None:
         return f"{file}: its picture is not there, neither {Path(file).stem}.jpg nor {content.findtext('filename')!r}"

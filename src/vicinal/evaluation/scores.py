@@ -41,9 +41,9 @@ def _without_ranks(scores: PerQuery) -> PerQuery:
 
 
 def plain(metrics: Metrics) -> dict[str, dict[str, float | None]]:
-    """For JSON, which has no NaN: an undefined bound is null."""
+    """For JSON, which has no NaN and no infinity: such a value or bound is null."""
     return {
-        name: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(estimate).items()}
+        name: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(estimate).items()}
         for name, estimate in metrics.items()
     }
 

@@ -132,8 +132,8 @@ class Matcher:
 
     Raises:
         InputError: no references, a class threshold for a class without any, fewer references of a class than votes,
-            normalisation without a background or with too few classes, a vector that is zero or not finite.
-        ValueError: k or min_votes below 1, an unknown fusion or normalisation.
+            normalisation without a background or with too few classes, a vector that is zero or not finite; k or
+            min_votes below 1, an unknown fusion or normalisation.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     >>> references = Embeddings(x, torch.tensor([0, 0, 1]), ("a1", "a2", "b1"), ("a", "b"))
@@ -382,9 +382,9 @@ class Matcher:
         cohort: int | None,
     ) -> None:
         if fusion not in get_args(Fusion) or normalisation not in (None, *get_args(Normalisation)):
-            raise ValueError(f"fusion is one of {get_args(Fusion)}, normalisation of {get_args(Normalisation)} or None")
+            raise InputError(f"fusion is one of {get_args(Fusion)}, normalisation of {get_args(Normalisation)} or None")
         if k < 1 or min_votes < 1:
-            raise ValueError(f"k and min_votes must be at least 1, not {k} and {min_votes}")
+            raise InputError(f"k and min_votes must be at least 1, not {k} and {min_votes}")
         self.fusion, self.k, self.margin, self.normalisation, self.cohort = fusion, k, margin, normalisation, cohort
         self.min_votes, self.vote_threshold = min_votes, vote_threshold
 

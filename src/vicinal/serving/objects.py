@@ -181,7 +181,8 @@ class ObjectMatcher:
         logger: is told what was loaded and which pictures could not be read; None: the module's own.
 
     Raises:
-        InputError: the detector is none or is not whole; references, threshold or model cannot be used.
+        InputError: the detector is none or is not whole; references, threshold or model cannot be used; a number is
+            out of its range.
 
     >>> from vicinal.models.backbones import load_encoder
     >>> encoder = load_encoder("vicinal:nano")
@@ -217,7 +218,7 @@ class ObjectMatcher:
         logger: logging.Logger | None = None,
     ) -> None:
         if (pad or 0) < 0 or not 0 < overlap <= 1 or batch_size < 1:
-            raise ValueError("pad is 0 or more, overlap above 0 and at most 1, batch_size at least 1")
+            raise InputError("pad is 0 or more, overlap above 0 and at most 1, batch_size at least 1")
         self.log = logger or logging.getLogger(__name__)
         self.device, self.precision, self.batch_size = pick_device(str(device)), precision, batch_size
         self.pad, self.min_side, self.overlap = pad, min_side, overlap
