@@ -106,6 +106,17 @@ def test_whole_epochs_that_are_counted_are_not_read_again(shards: Path, monkeypa
     assert (read > 30, len(opened) <= 10) == (True, True)
 
 
+def test_a_cut_shard_of_which_more_is_counted_changes_nothing_for_going_on(shards: Path, tmp_path: Path) -> None:
+    for number in range(5):
+        content = (shards / f"{number}.tar").read_bytes()
+        (tmp_path / f"{number}.tar").write_bytes(content[:4000] if number == 2 else content)
+    (tmp_path / "shards.json").write_text(json.dumps({f"{n}.tar": {"items": size} for n, size in enumerate(SIZES)}))
+    whole = texts(stream(tmp_path), 24)
+    assert len(set(flat(whole))) < 30
+    for start in (7, 13, 20):  # past one, two and three epochs
+        assert texts(stream(tmp_path, start_step=start), 4) == whole[start : start + 4]
+
+
 def test_augmentation_and_captions_are_drawn_by_seed_epoch_and_sample(tmp_path: Path) -> None:
     files: dict[str, bytes] = {}
     for i in range(4):

@@ -14,8 +14,8 @@ processes and workers read:
 
 A sample that cannot be used (no image, no caption, broken bytes) is left out and counted, and another of its batch
 stands twice in its place, which keeps batches equal and their order a matter of counting alone. Training goes on at any
-batch with what it would have seen: the samples before are read again but not decoded, and whole epochs that are counted
-in `shards.json` are not read.
+batch with what it would have seen: the samples before are read again but not decoded, and whole epochs of whole shards
+that are counted in `shards.json` are not read.
 
 Letters: B items of a batch in one process.
 """
@@ -23,11 +23,13 @@ Letters: B items of a batch in one process.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -66,6 +68,7 @@ class _Reading:
 
     shards: list[str]
     counts: dict[str, int]
+    whole: set[str]  # of those that are counted: an epoch of them can be skipped unread
     transform: Transform
     batch_size: int  # of this process
     seed: int
@@ -110,7 +113,7 @@ class _Reader(IterableDataset[_Streamed]):
             if how.shuffle:
                 order = np.random.default_rng((how.seed, epoch)).permutation(len(how.shards))
             own = [how.shards[i] for i in order[(reader + epoch) % readers :: readers]]
-            counted = sum(how.counts.get(shard, -(10**12)) for shard in own)
+            counted = sum(how.counts[shard] if shard in how.whole else -(10**12) for shard in own)
             if 0 < counted <= before:
                 before -= counted
             else:
@@ -392,10 +395,10 @@ def stream_batches(
     if batch_size < 1 or batch_size % world_size:
         raise InputError(f"a batch of {batch_size} cannot be shared evenly by {world_size} processes")
     found = expand(shards)
-    workers = _workers(workers, len(found), world_size)
+    workers, counts = _workers(workers, len(found), world_size), _counted(found)
     reading = _Reading(
-        found, _counted(found), transform, batch_size // world_size, seed, int(shuffle), identity, True, on_error, rank,
-        world_size, start_step, endless=True,
+        found, counts, {shard for shard in counts if _is_whole(shard)}, transform, batch_size // world_size, seed,
+        int(shuffle), identity, True, on_error, rank, world_size, start_step, endless=True,
     )  # fmt: skip
     return StreamBatches(reading, workers, pin_memory)
 
@@ -426,13 +429,28 @@ def stream_once(
     """
     found = expand(shards)
     reading = _Reading(
-        found, _counted(found), transform, batch_size, 0, 0, identity, False, on_error, 0, 1, 0, endless=False
+        found, _counted(found), set(), transform, batch_size, 0, 0, identity, False, on_error, 0, 1, 0, endless=False
     )
     return StreamBatches(reading, _workers(workers, len(found), 1), False)
 
 
 def _workers(workers: int | None, shards: int, world_size: int) -> int:
     return min(default_workers() if workers is None else workers, max(shards // world_size, 1))
+
+
+def _is_whole(shard: str) -> bool:
+    """Whether a file ends as a tar does, in two blocks of zeros: a cut one gives less than is counted of it.
+
+    What lies behind an address is taken to be whole.
+    """
+    if urlsplit(shard).scheme in ("http", "https"):
+        return True
+    try:
+        with Path(shard).open("rb") as file:
+            file.seek(-1024, os.SEEK_END)
+            return file.read() == bytes(1024)
+    except OSError:
+        return False
 
 
 def _counted(shards: Sequence[str]) -> dict[str, int]:
