@@ -13,6 +13,7 @@ import pytest
 
 from pictures import write_csv, write_folder
 from vicinal import cli
+from vicinal.serving.index import Index
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +165,14 @@ def test_an_index_is_made_asked_and_changed(
     assert "holds vectors of the model" in capsys.readouterr().err
     assert vicinal(monkeypatch, "index", "vicinal:nano", photos, "--out", shelf) == 2
     assert "exists already" in capsys.readouterr().err
+    more = ("index", "vicinal:nano", bare, "--out", shelf, "--add", "--size", 32)
+    assert vicinal(monkeypatch, *more, "--faiss", "HNSW32") == 2
+    assert "was made exact, and stays so" in capsys.readouterr().err
+    emptied = shutil.copy(shelf, tmp_path / "emptied.index")
+    gone = [word for name in Index.load(emptied).ids for word in ("--remove", name)]
+    assert vicinal(monkeypatch, "index", "--out", emptied, *gone) == 0
+    assert vicinal(monkeypatch, "index", "vicinal:nano", bare, "--out", emptied, "--add", "--size", 48) == 2
+    assert "holds vectors of the model" in capsys.readouterr().err
     assert vicinal(monkeypatch, "search", shelf) == 2
     assert "one of them" in capsys.readouterr().err
     assert vicinal(monkeypatch, "search", shelf, picture, "--model", "timm:no_such_model") == 2

@@ -285,13 +285,16 @@ def index(
     if out.exists() and not (add or remove):
         raise InputError(f"{out} exists already; --add to it, or name another with --out")
     found = Index.load(out) if add or remove else None
+    if found is not None and faiss not in (None, found.faiss):
+        raise InputError(f"--faiss {faiss}: {out} was made {found.faiss or 'exact'}, and stays so; make another file")
     if remove:
         assert found is not None
         found.remove(remove)
     if model is not None and source is not None:
         encoder = open_uri(model, size=size)
         fingerprint = encoder.fingerprint()
-        found = found or Index(fingerprint, faiss=faiss, about={"model": model, "size": size})
+        if found is None:  # an emptied one is still its model's
+            found = Index(fingerprint, faiss=faiss, about={"model": model, "size": size})
         manifest = bring_pictures([source], _pairs(columns))
         embeddings = embed_manifest(encoder, manifest, cache=default_cache(), device=device)
         found.add(embeddings, fingerprint=fingerprint)
