@@ -95,6 +95,20 @@ def test_captions_are_asked_for_before_anything_is_computed(tmp_path: Path) -> N
     assert not (tmp_path / "run" / "embeddings").exists()
 
 
+def test_a_model_that_reads_no_text_and_a_checkpoint_that_is_none_are_refused_before_the_baseline(
+    tmp_path: Path,
+) -> None:
+    told: list[str] = []
+    for settings, resume, message in (
+        (recipe(model="timm:test_vit"), None, "has no text tower"),
+        (recipe(), tmp_path / "step-1", "step-1 is no checkpoint"),
+        (recipe(seeds=2), tmp_path / "step-1", "not from one checkpoint"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(settings, tmp_path / "run", resume=resume, say=told.append)
+    assert not any("embedding" in line for line in told)
+
+
 def test_a_new_head_ends_what_texts_can_say(tmp_path: Path) -> None:
     settings = recipe(loss={"arcface": {}}, adapt=[{"lora": {"rank": 2}}, {"linear_head": {"dim": 16}}])
     out = run(settings, tmp_path / "run", say=lambda _: None)

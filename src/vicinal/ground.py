@@ -91,6 +91,8 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
     division_of(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
     original = processes.main_first(lambda: open_model(recipe))
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
+    if contrastive:
+        original.tokenize(["a caption"])  # or an error that says what is missing, before all images are embedded
     untuned = embed_shared(original, manifest, recipe, "baseline", say, processes)
     manifest, skipped = _readable(manifest, untuned)
     division = _without_leaks(manifest, division_of(manifest, recipe), untuned, recipe)

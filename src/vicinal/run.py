@@ -510,6 +510,9 @@ def _overlaps(kept: Path, names: Iterable[str]) -> dict[str, dict[str, dict[str,
 
 def _refuse_other_run(recipe: Recipe, out: Path, resume: str | Path | None) -> None:
     """Before anything in the folder is written over."""
+    own_resume(recipe, out, resume)
+    if resume is not None and str(resume) != "last" and not (Path(resume) / "state.pt").is_file():
+        raise InputError(f"resume: {resume} is no checkpoint; name a folder such as {out}/checkpoints/step-00000500")
     found = {path.parent.parent for path in (*out.glob("checkpoints/*"), *out.glob("seed*/checkpoints/*"))}
     if resume is None and found:
         raise InputError(
