@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="vicinal",
-    help="Adapt a pretrained image embedding model to your own domain, and prove that it helped.",
+    help="Adapt a pretrained image or image-text embedding model to your own domain, and prove that it helped.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

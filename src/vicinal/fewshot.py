@@ -50,12 +50,11 @@ from vicinal.evaluation.few_shot_page import few_shot_page, few_shot_plot
 from vicinal.evaluation.intervals import mean, paired_difference
 from vicinal.evaluation.metrics import topk
 from vicinal.evaluation.wording import as_number
-from vicinal.ground import SAME_PICTURE, Say
+from vicinal.ground import SAME_PICTURE, Say, environment
 from vicinal.heads import HEADS, Head, Selection
 from vicinal.heads.selection import check_policy
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Data, apply_override
-from vicinal.run import environment
 from vicinal.types import Embeddings, Estimate, InputError, PerQuery
 
 __all__ = ["COLUMNS", "Cell", "Settings", "Task", "bring_source", "fewshot"]

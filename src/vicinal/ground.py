@@ -6,10 +6,14 @@ What the user gave wrong is said here, before the first training step.
 from __future__ import annotations
 
 import os
+import platform
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from vicinal.data.check import leaks
 from vicinal.data.division import Division, divide
 from vicinal.data.manifest import Manifest
 from vicinal.data.splits import official
-from vicinal.embedding import default_cache, embed
+from vicinal.embedding import Precision, autocast_dtype, default_cache, embed
 from vicinal.evaluation.metrics import topk
 from vicinal.forgetting import Probe
 from vicinal.losses import (
@@ -39,6 +43,7 @@ __all__ = [
     "can_select",
     "division_of",
     "embed_shared",
+    "environment",
     "has_neighbours",
     "prepare",
     "refuse_same_pictures",
@@ -334,3 +339,26 @@ def refuse_same_pictures(catalog: Manifest, queries: Manifest, workers: int | No
             f"{len(found)} pictures stand in the queries and in the catalog, the first {found[0].file} and "
             f"{found[0].other}, and would find themselves; take them out of one side"
         )
+
+
+def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
+    """What the numbers were made with: versions, hardware, arithmetic, date."""
+    names = ("vicinal", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "peft")
+    dtype = autocast_dtype(precision, device)
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "precision": str(dtype or torch.float32).removeprefix("torch."),
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -12,13 +12,10 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +43,7 @@ from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.stream import StreamBatches, StreamPlan
 from vicinal.data.transforms import TrainTransform
-from vicinal.embedding import Precision, autocast_dtype, embed, pick_device
+from vicinal.embedding import embed, pick_device
 from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.metrics import nmi
 from vicinal.evaluation.overlap import overlap, overlap_change
@@ -60,6 +57,7 @@ from vicinal.ground import (
     Say,
     can_select,
     embed_shared,
+    environment,
     has_neighbours,
     prepare,
     refuse_same_pictures,
@@ -94,7 +92,7 @@ from vicinal.watching import Watch, found_both_ways, some_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["environment", "evaluate", "measure", "picture_of", "remake_report", "run"]
+__all__ = ["evaluate", "measure", "picture_of", "remake_report", "run"]
 
 PAIRED = 5000  # images of which all pairs are compared at each validation
 
@@ -652,29 +650,6 @@ def _save_embeddings(out: Path, side: str, embeddings: Embeddings, parts: Mappin
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in parts.items():
         embeddings.where(part.queries).save(folder / f"{name}.safetensors")
-
-
-def environment(device: torch.device, precision: Precision) -> dict[str, Any]:
-    """What the numbers were made with: versions, hardware, arithmetic, date."""
-    names = ("vicinal", "torch", "torchvision", "timm", "open_clip_torch", "transformers", "peft")
-    dtype = autocast_dtype(precision, device)
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "precision": str(dtype or torch.float32).removeprefix("torch."),
-        "python": platform.python_version(),
-        "system": platform.system(),
-        "versions": {name: version(name) for name in names},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _identity(recipe: Recipe) -> str:
