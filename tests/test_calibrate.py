@@ -16,7 +16,7 @@ from pictures import write_folder
 from test_cli import vicinal
 from test_run import recipe
 from vicinal import models
-from vicinal.calibrate import Bench, calibrate, enrolments, trials_of
+from vicinal.calibrate import Bench, _kin, _pair_scores, calibrate, enrolments, trials_of
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder
 from vicinal.embedding import embed
@@ -73,6 +73,10 @@ def test_variants_are_enrolled_together() -> None:
         names = [given.classes[i] for i in given.labels[half].tolist()]
         assert len(set(names)) == 6
         assert len({name[0] for name in names}) == 3
+    kin = _kin(given.classes, bench.groups())
+    scores, right, _ = _pair_scores(Matcher(given, fingerprint="m", fusion="max"), given, kin)
+    assert len(scores) == 24 * (12 - 1)  # all classes but the other variant
+    assert int(right.sum()) == 24
     shared = rows | {"group": ["one", "two"] * 12}  # photographers: of no use here
     assert Bench.of(Manifest.build(shared, "."), Manifest.build(shared, ".")).groups()["a-1"] == "a-1"
 

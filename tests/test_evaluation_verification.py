@@ -82,6 +82,15 @@ def test_pairs_are_the_loops(alone: bool, monkeypatch: pytest.MonkeyPatch):
     assert whole.precision[place] == pytest.approx((right >= 0.5).sum() / (scores >= 0.5).sum())
 
 
+def test_variants_of_one_brand_are_no_pair():
+    query, gallery = made(classes=4, seed=1), made(classes=4, seed=2)
+    kin = torch.tensor([0, 0, 1, 2])
+    found = similarities(query, gallery, kin=kin)
+    labels = query.labels[:, None], gallery.labels[None]
+    assert found.right.sum() == similarities(query, gallery).right.sum() == (labels[0] == labels[1]).sum()
+    assert found.wrong.sum() == (kin[labels[0]] != kin[labels[1]]).sum() < (labels[0] != labels[1]).sum()
+
+
 def test_the_same_pictures_are_wholly_alike_and_edges_hold():
     x = normalize(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8], [0.6, 0.8]]), dim=1)
     found = similarities(Embeddings(x, torch.tensor([0, 0, 1, 1]), ("a", "b", "c", "d"), ("p", "q")))

@@ -14,14 +14,14 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from vicinal.bring import bring, bring_path, open_uri, starting_model
@@ -358,10 +358,11 @@ class _Side:
             trials[name], enrolled[name] = trials_of(
                 given, asked, of, fingerprint=fingerprint, settings=settings, seed=seed
             )
-            pairs[name] = verification.similarities(asked, given)
+            kin = _kin(asked.classes, of)
+            pairs[name] = verification.similarities(asked, given, kin=kin)
             if name == "fitted":
                 matcher = Matcher(given, fingerprint=fingerprint, **settings)
-                scores = _pair_scores(matcher, asked) if rate is not None else None
+                scores = _pair_scores(matcher, asked, kin) if rate is not None else None
             last = (given, asked)
         fitted = trials["fitted"]
         rule = OpenSetThreshold(rate=rate, gallery=gallery)
@@ -412,12 +413,19 @@ class _Side:
             rows.writerows(self.answers)
 
 
-def _pair_scores(matcher: Matcher, queries: Embeddings) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, whether right, and the query's class, of every query with every class."""
+def _kin(classes: Sequence[str], groups: Mapping[str, str]) -> Int[Tensor, "C"]:
+    """Of each class a number that variants of one brand share."""
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(groups.get(name, name), len(numbers)) for name in classes])
+
+
+def _pair_scores(matcher: Matcher, queries: Embeddings, kin: Int[Tensor, "C"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Score, whether right, and the query's class, of every query with every class but variants of its own."""
     scores, present = matcher.scores(queries.vectors, fingerprint=matcher.fingerprint)
     right = present[None] == queries.labels[:, None]
+    counts = right | (kin[present][None] != kin[queries.labels][:, None])
     units = queries.labels[:, None].expand_as(right)
-    return scores.flatten(), right.flatten(), units.flatten()
+    return scores[counts], right[counts], units[counts]
 
 
 def _answers(

@@ -101,12 +101,15 @@ class Similarities:
         return _curve(self.right.sum(0), self.wrong.sum(0))
 
 
-def similarities(query: Embeddings, gallery: Embeddings | None = None) -> Similarities:
+def similarities(
+    query: Embeddings, gallery: Embeddings | None = None, *, kin: Int[Tensor, "C"] | None = None
+) -> Similarities:
     """Count the cosines of all right and all wrong pairs, in blocks.
 
     Args:
         query: labelled, unit rows.
         gallery: what each query is paired with; None: all the other queries, so that each pair counts from both ends.
+        kin: of each class a number, equal for variants of one brand: two of them are no pair, neither right nor wrong.
 
     Raises:
         InputError: no queries or no gallery, other classes, a vector that is not finite, no right pair or no wrong one.
@@ -134,6 +137,8 @@ def similarities(query: Embeddings, gallery: Embeddings | None = None) -> Simila
         cosine = (query.vectors[part].cpu().float() @ side.vectors.cpu().float().T).clamp(-1, 1)
         same = query.labels[part, None].cpu() == side.labels[None].cpu()
         other = ~same
+        if kin is not None:
+            other &= kin[query.labels[part].cpu()][:, None] != kin[side.labels.cpu()][None]
         if gallery is None:
             own = torch.arange(len(cosine))
             same[own, start + own] = False
