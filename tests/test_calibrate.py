@@ -166,7 +166,7 @@ def test_a_stated_rate_and_a_larger_gallery(photos: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="give both"):
         calibrate("vicinal:nano", photos, gallery=8, out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="not a share"):
-        calibrate("vicinal:nano", photos, rate=5, out=tmp_path / "x", **FAST)
+        calibrate("vicinal:nano", photos, rate=5.0, out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="not measurable"):
         calibrate("vicinal:nano", photos, rate=0.0001, out=tmp_path / "x", **FAST)
 

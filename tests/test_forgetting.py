@@ -83,7 +83,7 @@ def test_the_best_weight_counts_the_probe(monkeypatch: pytest.MonkeyPatch, with_
 
     def validate(encoder: Encoder) -> Metrics:
         seen.append(weight_of(encoder))
-        return {"map@r": Estimate(seen[-1], 0, 1, 1, 1)}
+        return {"map@r": Estimate(seen[-1], 0.0, 1.0, 1, 1)}
 
     class Known(Probe):
         def __init__(self) -> None: ...
@@ -103,7 +103,7 @@ def test_the_best_weight_counts_the_probe(monkeypatch: pytest.MonkeyPatch, with_
 def test_a_monitor_that_is_not_measured_is_named() -> None:
     before, after = two_models()
     with pytest.raises(InputError, match="'recall@3' is not measured on validation; there are weight, map@r"):
-        sweep(before, after, lambda _: {"map@r": Estimate(0, 0, 0, 1, 1)}, monitor="recall@3")
+        sweep(before, after, lambda _: {"map@r": Estimate(0.0, 0.0, 0.0, 1, 1)}, monitor="recall@3")
 
 
 def recipe(**more: object) -> Recipe:

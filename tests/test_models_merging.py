@@ -64,7 +64,7 @@ def test_a_soup_is_the_weighted_mean_of_every_weight(encoder: Encoder) -> None:
     for shares, expected in (
         (None, (1 / 3, 1 / 3, 1 / 3)),
         ((2.0, 1.0, 1.0), (0.5, 0.25, 0.25)),
-        ((0, 0, 3), (0, 0, 1)),
+        ((0.0, 0.0, 3.0), (0, 0, 1)),
     ):
         soup = average(several, shares)
         assert soup.adapters == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import logging
 import math
@@ -461,7 +462,8 @@ def test_the_page_says_what_runs(
     (tmp_path / "photos").mkdir()
     for n in (1, 2):
         Image.new("RGB", (80, 60)).save(tmp_path / "photos" / f"{n}.jpg")
-    settings = {**Matcher.__init__.__kwdefaults__, "fusion": "topk"}
+    defaults = {name: p.default for name, p in inspect.signature(Matcher).parameters.items()}
+    settings = {**defaults, "fusion": "topk"}
     settings = {name: settings[name] for name in ("fusion", "k", "min_votes", "vote_threshold", "margin")}
     rule = OpenSetThreshold().fit(
         [0.9, 0.3],

@@ -435,7 +435,7 @@ def test_the_old_name_takes_the_old_arguments(encoder: Encoder, caplog: pytest.L
     assert found[0].labels == [None]
     assert math.isnan(found[0].scores[0])
     with pytest.raises(ValueError, match="overlap"):
-        ObjectMatcher(embedding_model=encoder, overlap=0)
+        ObjectMatcher(embedding_model=encoder, overlap=0.0)
 
 
 # ---- what is shown

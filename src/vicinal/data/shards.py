@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 from urllib.error import HTTPError, URLError
@@ -597,7 +598,7 @@ def _is_list(value: Any) -> bool:  # noqa: ANN401  (a JSON value)
 # ------------------------------------------------------------------------------------------------------- addresses
 
 
-def opened(address: str, *, timeout: float = 60.0) -> IO[bytes]:
+def opened(address: str, *, timeout: float = 60.0) -> IO[bytes] | HTTPResponse:
     """The bytes behind an address or in a file, to be read in order. An address is tried three times.
 
     Raises:
@@ -610,7 +611,7 @@ def opened(address: str, *, timeout: float = 60.0) -> IO[bytes]:
             raise InputError(f"{address}: {error.strerror}") from error
     for attempt in range(TRIES):
         try:
-            stream: IO[bytes] = urlopen(address, timeout=timeout)
+            stream: HTTPResponse = urlopen(address, timeout=timeout)
             return stream
         except HTTPError as error:
             error.close()

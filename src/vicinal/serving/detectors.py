@@ -43,7 +43,7 @@ class Boxes(NamedTuple):
     kinds: tuple[str, ...] = ()
 
 
-Detector = Callable[[Sequence[UInt8[Tensor, "3 H W"]]], list[Boxes]]
+Detector = Callable[[Sequence[UInt8[Tensor, "3 _ _"]]], list[Boxes]]
 
 
 class Tiles:
@@ -62,7 +62,7 @@ class Tiles:
             raise InputError(f"levels of tiles are whole numbers of at least 1, not {list(levels)}")
         self.levels = tuple(levels)
 
-    def __call__(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> list[Boxes]:
+    def __call__(self, pictures: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[Boxes]:
         """The tiles of each picture; all have the score 1."""
         answers = []
         for picture in pictures:
@@ -102,7 +102,7 @@ class _OfTransformers:
         return list(self.names.values())
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[UInt8[Tensor, "3 H W"]]) -> list[Boxes]:
+    def __call__(self, pictures: Sequence[UInt8[Tensor, "3 _ _"]]) -> list[Boxes]:
         """Boxes whose score is above the threshold."""
         views = [self._prepared(picture) for picture in pictures]
         alike: dict[tuple[int, ...], list[int]] = {}

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 Box = tuple[float, float, float, float]
-Picture = str | Path | Image.Image | UInt8[Tensor, "3 H W"]
+Picture = str | Path | Image.Image | Tensor  # 3 H W, of bytes: others are told in the answer
 KNOWN, UNKNOWN = (0, 122, 61), (166, 84, 0)  # colours of a drawing
 PAD = 0.08  # of a detector's boxes
 THRESHOLD_NAME = "threshold.json"  # what `vicinal calibrate` writes beside a model
@@ -203,7 +203,7 @@ class ObjectMatcher:
         *,
         embedding_model: str | Path | Encoder,
         references: str | Path | Manifest | Index | Embeddings | Matcher | None = None,
-        threshold: float | int | str | Path | OpenSetThreshold | None = None,
+        threshold: float | int | np.floating[Any] | str | Path | OpenSetThreshold | None = None,
         fusion: Fusion | None = None,
         k: int | None = None,
         margin: float | None = None,
