@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -418,3 +419,10 @@ def test_the_command(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert {path.name for path in tmp_path.iterdir()} == {
         "table.csv", "summary.csv", "differences.csv", "results.json", "accuracy.png", "report.html",
     }  # fmt: skip
+
+
+def test_the_help_lists_every_key() -> None:
+    from vicinal.cli import fewshot as command
+
+    words = set(re.findall(r"\w+", command.__doc__ or ""))
+    assert set(Settings.model_fields) <= words

@@ -438,7 +438,13 @@ def fewshot(
     source: Annotated[str, typer.Argument(help="A folder, a table, a benchmark's name, or a recipe (its `data`).")],
     overrides: Annotated[list[str] | None, typer.Argument(help="`key=value`, and `out=FOLDER`.")] = None,
 ) -> None:
-    """A table of few-shot heads, methods x shots x seeds: `methods=[gda,tip_x] shots=[1,4] adapter=RUN out=DIR`."""
+    """A table of few-shot heads, methods x shots x seeds: `methods=[gda,tip_x] shots=[1,4] adapter=RUN out=DIR`.
+
+    What is compared: methods, shots, seeds, policy, transfer, adapter, views, views_mode, augment. Names: text,
+    names, templates, logit_scale. Data: columns, shift, source, also, candidates, group, holdout, split_seed,
+    lists, fewer, leaks, min_images, data, model, root. Running: size, device, precision, cache.
+    `vicinal.fewshot.Settings` tells what each is.
+    """
     from vicinal.fewshot import Settings
     from vicinal.fewshot import fewshot as run_table
 
