@@ -48,6 +48,7 @@ __all__ = [
     "prepare",
     "refuse_same_pictures",
     "seed_everything",
+    "write_whole",
 ]
 
 Say = Callable[[str], None]
@@ -362,3 +363,13 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, whatever interrupts."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -62,6 +61,7 @@ from vicinal.ground import (
     prepare,
     refuse_same_pictures,
     seed_everything,
+    write_whole,
 )
 from vicinal.losses import (
     CONTRASTIVE_LOSSES,
@@ -126,7 +126,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     processes.wait()  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
     if processes.main:
-        _write(out / "recipe.yaml", recipe.to_yaml())
+        write_whole(out / "recipe.yaml", recipe.to_yaml())
     ground = prepare(recipe, say, processes)
     manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
     parts = division.parts_within(needed)
@@ -210,7 +210,7 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         results["probe"] = {side: plain(found) for side, found in lost.metrics().items()}
         save_scores(lost.scores(), out / "scores" / "probe.safetensors")
         say(str(lost))
-    _write(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     page = remake_report(out, manifests=(manifest, *ground.elsewhere.values()))
     for line in _headlines(estimates(before_scores), estimates(after_scores), changes):
         say(line)
@@ -440,7 +440,7 @@ def remake_report(out: str | Path, *, manifests: Sequence[Manifest] | None = Non
     except InputError as error:
         logging.getLogger(__name__).warning("the page is made without pictures: %s", error)
         pictures = _no_picture
-    _write(page, report(record, pictures))
+    write_whole(page, report(record, pictures))
     return page
 
 
@@ -667,13 +667,3 @@ def _identity(recipe: Recipe) -> str:
     }
     content = json.dumps(recipe.model_dump(mode="json", exclude=free), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from vicinal.data.manifest import Manifest
 from vicinal.embedding import embed_text
 from vicinal.evaluation.image_text import image_text
 from vicinal.evaluation.scores import plain
+from vicinal.ground import write_whole
 from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
 from vicinal.types import Embeddings, Estimate, Metrics
@@ -113,7 +113,7 @@ class Watch:
                 for name, metrics in self.last.items()
             },
         }
-        _replace(folder / f"step-{step:08d}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / f"step-{step:08d}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         self._table(folder)
 
     def _counts(self, name: str) -> dict[str, int]:
@@ -145,10 +145,3 @@ def _with_gain(metrics: dict[str, Any], zero: Mapping[str, Any] | None) -> dict[
         found["gain"] = value - before if known else None
         found["relative_gain"] = (value - before) / before if known and before else None
     return metrics
-
-
-def _replace(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
