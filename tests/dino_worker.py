@@ -13,6 +13,7 @@ from vicinal.losses import DINO
 from vicinal.models.adapters import Bottleneck, adapt
 from vicinal.models.backbones import load_encoder
 from vicinal.models.modules import DINOHead
+from vicinal.training.devices import leave
 from vicinal.training.distillation import SelfDistillation
 from vicinal.training.loop import fit
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
@@ -42,10 +43,8 @@ def main(out: Path) -> None:
     weights = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
     buffers = {name: b for name, b in objective.named_buffers() if name.startswith(("criterion.", "teacher."))}
     torch.save({"weights": weights, "buffers": buffers}, out / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():  # else a thread of gloo may outlive the interpreter, which aborts
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

@@ -15,6 +15,7 @@ import image_text_worker
 import processes_worker
 from vicinal.losses import ArcFace, NTXent, SupCon
 from vicinal.losses.contrastive import InfoNCE, SigLIP
+from vicinal.training.devices import leave
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.loop import fit
 from vicinal.training.objectives import LabelObjective
@@ -76,6 +77,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for name in sys.argv[3:]:
         main(Path(sys.argv[1]), int(sys.argv[2]) or None, name)
-    if torch.distributed.is_initialized():  # else a thread of gloo may outlive the interpreter, which aborts
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vicinal.losses.contrastive import InfoNCE, SigLIP
+from vicinal.training.devices import leave
 from vicinal.training.image_text import ImageTextObjective
 from vicinal.types import Batch
 
@@ -68,10 +69,9 @@ def main(out: Path, loss: str) -> None:
 
 
 if __name__ == "__main__":
-    if several := "RANK" in os.environ:
+    if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")  # once: a second store on the port would race with the first
     for name in sys.argv[2:]:
         (Path(sys.argv[1]) / name).mkdir(exist_ok=True)
         main(Path(sys.argv[1]) / name, name)
-    if several:
-        torch.distributed.destroy_process_group()
+    leave()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vicinal.losses import ArcFace, NTXent
+from vicinal.training.devices import leave
 from vicinal.training.loop import fit
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, parameter_groups, warmup_cosine
@@ -70,10 +71,8 @@ def main(out: Path, loss: str, accumulate: int) -> None:
     )
     weights = {name: p.detach() for name, p in objective.named_parameters()}
     torch.save({"weights": weights, "best": result.best_value, "drawn": encoder.drawn}, out / f"rank{rank}.pt")
-    if torch.distributed.is_initialized():  # else a thread of gloo may outlive the interpreter, which aborts
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    leave()

@@ -30,6 +30,17 @@ def vicinal(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
     return 0
 
 
+def test_stopped_by_hand_it_says_that_nothing_is_lost(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vicinal.bring.bring_path", stop)
+    assert vicinal(monkeypatch, "check", photos) == 130
+    assert capsys.readouterr().err == "vicinal: stopped; what was computed is kept\n"
+
+
 SMALL = (
     "random_init=true",
     "preprocess.size=32",

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -18,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from several import started
 from tiny_encoders import FAMILIES
 from vicinal.losses import DINO, CrossEntropy
 from vicinal.models.adapters import Bottleneck, Full, LoRA, adapt
@@ -389,21 +386,7 @@ def test_rates_and_decays_go_where_they_should():
 
 def run_processes(out: Path, processes: int) -> list[dict[str, Any]]:
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            environment |= {name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}
-        started.append(
-            subprocess.Popen([sys.executable, str(WORKER), str(out)], env=environment, stderr=subprocess.PIPE)
-        )
-    for process in started:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
+    started(WORKER, out, processes=processes)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 

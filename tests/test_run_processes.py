@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import pytest
 import yaml
 
+from several import free_port
 from vicinal.recipe import Recipe
 from vicinal.run import run
 from vicinal.training.devices import Processes
@@ -47,10 +47,7 @@ RECIPE: dict[str, Any] = {
 
 
 def launched(recipe: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     return subprocess.run(
         [*launcher, "-m", "vicinal", "train", str(recipe), f"out={out}", *overrides],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -16,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import tiny_encoders
+from several import started
 from training_parts import Tiny, batch_at, batches, optimise
 from vicinal.losses import ArcFace, CrossBatchMemory, MultiSimilarity, NTXent, ProxyAnchor, SupCon, Triplet
 from vicinal.losses.contrastive import InfoNCE, SigLIP
@@ -384,36 +381,17 @@ def test_a_loss_whose_first_half_is_not_trained():
 # --------------------------------------------------------------------------------------------------- several processes
 
 
-def started(out: Path, micro_batch: int, losses: list[str], processes: int) -> list[dict[str, Any]]:
+def trained(out: Path, micro_batch: int, losses: list[str], processes: int) -> list[dict[str, Any]]:
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(processes):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {name: str(value) for name, value in place.items()}
-        command = [sys.executable, str(WORKER), str(out), str(micro_batch), *losses]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in running:  # one that waits for another which failed would wait for ever
-            process.kill()
-            process.communicate()
+    started(WORKER, out, micro_batch, *losses, processes=processes)
     return [torch.load(path, weights_only=True) for path in sorted(out.iterdir())]
 
 
 @pytest.mark.slow
 def test_two_processes_with_micro_batches_are_one_without(tmp_path: Path):
     losses = ["arcface", "infonce", "ntxent", "siglip", "supcon"]
-    alone = started(tmp_path / "one", 0, losses, 1)
-    both = started(tmp_path / "two", 2, losses, 2)  # three micro batches of each process's six items
+    alone = trained(tmp_path / "one", 0, losses, 1)
+    both = trained(tmp_path / "two", 2, losses, 2)  # three micro batches of each process's six items
     assert len(alone) == 5
     assert len(both) == 10
     for i, loss in enumerate(losses):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import pytest
 import torch
 
 import tiny_encoders
+from several import started
 from vicinal.losses.contrastive import InfoNCE, SigLIP
 from vicinal.models.adapters import Full, LoRA, adapt
 from vicinal.models.backbones import load_encoder
@@ -186,34 +183,12 @@ def test_it_learns_in_the_loop(clip: Encoder, loss: InfoNCE | SigLIP):
     assert last["scale"] != first["scale"]
 
 
-def started(out: Path, losses: list[str], processes: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(processes):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment |= {name: str(value) for name, value in place.items()}
-        command = [sys.executable, str(WORKER), str(out), *losses]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
-    try:
-        for process in running:
-            _, errors = process.communicate(timeout=240)
-            assert process.returncode == 0, errors.decode()
-    finally:
-        for process in running:  # one that waits for another which failed would wait for ever
-            process.kill()
-            process.communicate()
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(tmp_path: Path):
     losses = ["infonce", "infonce, positives", "siglip", "siglip, masked"]
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        started(tmp_path / str(processes), losses, processes)
+        started(WORKER, tmp_path / str(processes), *losses, processes=processes)
     for loss in losses:
         alone = torch.load(tmp_path / "1" / loss / "rank0.pt", weights_only=True)
         both = [torch.load(tmp_path / "2" / loss / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,32 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from several import started
+from vicinal.training.devices import leave
+
 WORKER = Path(__file__).with_name("processes_worker.py")
 
 
 def train(out: Path, loss: str, processes: int) -> list[dict[str, Any]]:
     """What each process ended with."""
     out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for rank in range(processes):
-        place = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": processes,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-        }
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        if processes > 1:
-            environment |= {name: str(value) for name, value in place.items()}
-        command = [sys.executable, str(WORKER), str(out), loss, "2"]
-        started.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE))
-    for process in started:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors.decode()
+    started(WORKER, out, loss, 2, processes=processes)
     return [torch.load(out / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -61,3 +43,21 @@ def test_two_processes_are_one(tmp_path: Path, loss: str):
     if loss == "ntxent":  # its loss is that of the whole batch in each process
         logged = [[row["loss"] for row in history if "loss" in row] for history in histories]
         assert logged[1] == pytest.approx(logged[0], rel=1e-4)
+
+
+def test_leaving_runs_what_waits_for_the_end_and_gives_the_code(tmp_path: Path):
+    store = f"init_method='file://{tmp_path / 'store'}'"
+    words = [
+        "import atexit, torch, vicinal.training.devices as devices",
+        f"torch.distributed.init_process_group('gloo', {store}, rank=0, world_size=1)",
+        "atexit.register(print, 'at exit')",
+        "print('before')",
+        "devices.leave(3)",
+        "print('after')",
+    ]
+    ended = subprocess.run([sys.executable, "-c", "\n".join(words)], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout) == (3, "before\nat exit\n"), ended.stderr
+
+
+def test_alone_there_is_nothing_to_leave():
+    leave(3)

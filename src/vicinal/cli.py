@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,14 +39,21 @@ def main() -> None:
     """Run the command line; what the user gave wrong ends in one clear line, not in a trace."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vicinal").setLevel(logging.INFO)  # the licence of a model, before it is downloaded
+    code: int | str | None
     try:
-        app()
+        code = app()
     except InputError as error:
         print(f"vicinal: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
+        code = 2
+    except SystemExit as ended:
+        code = ended.code
+    if code == 130:  # typer's for Ctrl-C
         print("vicinal: stopped; what was computed is kept", file=sys.stderr)
-        sys.exit(130)
+    if "WORLD_SIZE" in os.environ:  # torchrun's
+        from vicinal.training.devices import leave
+
+        leave(int(code or 0))
+    sys.exit(code)
 
 
 @app.command()

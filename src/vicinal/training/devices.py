@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import difflib
 import importlib.util
+import logging
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +21,7 @@ from vicinal.types import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["TRACKERS", "Processes", "accelerator_for"]
+__all__ = ["TRACKERS", "Processes", "accelerator_for", "leave"]
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 PATIENCE = timedelta(hours=6)  # how long the others wait while one measures, or fetches data
@@ -54,7 +56,7 @@ class Processes:
         from accelerate import PartialState
 
         state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-        atexit.register(_leave)
+        atexit.register(_destroy_group)
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -103,8 +105,26 @@ class Processes:
         return work()
 
 
-def _leave() -> None:
-    """Else a thread of gloo may outlive the interpreter, which then aborts."""
+def leave(code: int = 0) -> None:
+    """End this process, where it is one of several that talk to each other; alone, do nothing.
+
+    What was registered to run at exit runs, what was written is flushed, and the process ends without finalising the
+    interpreter: torch keeps a group alive once a model has been wrapped for it, whether it was destroyed or not, and
+    a thread of gloo that asks for the interpreter while it is finalised aborts the process, all its work done.
+
+    Args:
+        code: what the process ends with.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    logging.shutdown()
+    atexit._run_exitfuncs()  # the group's end among them
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _destroy_group() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
