@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -215,14 +214,8 @@ def test_opening_reads_neither_vectors_nor_names(tmp_path: Path):
     vectors = torch.ones(size, 128)
     big = Embeddings(vectors, torch.zeros(size, dtype=torch.long), tuple(f"picture-{i}" for i in range(size)), ("a",))
     path = filled(big).save(tmp_path / "x.index")
-    Index.load(path)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        index = Index.load(path)
-        len(index), index.ids[size - 1], index.vectors[7, 0]
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.1
+    index = Index.load(path)
+    assert (len(index), index.ids[size - 1], index.vectors[7, 0]) == (size, f"picture-{size - 1}", 128**-0.5)
     pages = Path("/proc/self/smaps")
     if pages.exists():  # what of the map is in this process's memory, in kB
         maps = pages.read_text().split(str(path))[1:]
