@@ -71,8 +71,10 @@ def test_siglip_from_a_softmax_model_starts_from_a_fitted_scale_and_bias(
     folder = tmp_path / "softmax"
     load_encoder("vicinal:nano", random_init=True).save(folder)
     settings = recipe(model=str(folder), random_init=False, loss={"siglip": {}}, steps=1, lr=1e-9)
-    run(settings, tmp_path / "run", say=lambda _: None)
+    told: list[str] = []
+    run(settings, tmp_path / "run", say=told.append)
     assert fitted
+    assert "loss: starts from scale 7.00, bias -3.00" in told
     rows = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
     row = next(row for row in rows if "scale" in row)
     assert (row["scale"], row["bias"]) == (pytest.approx(7.0), pytest.approx(-3.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -39,7 +40,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.models.modules import DINOHead
 from vicinal.recipe import PK, HardClass, NoDuplicate, Recipe, Sampler, Shards
 from vicinal.training.distillation import SelfDistillation
-from vicinal.training.image_text import ImageTextObjective
+from vicinal.training.image_text import ImageTextObjective, kin_of
 from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, clip_each, parameter_groups
@@ -162,10 +163,12 @@ def _contrastive(
     if original.logit_bias is not None:
         return SigLIP(scale=original.logit_scale, bias=original.logit_bias, **settings)
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))[:4096]
+    draw = random.Random(recipe.seed)
     told = train.captions()
-    captions = [told[i][0] for i in some.tolist()]
+    captions = [draw.choice(told[i]) for i in some.tolist()]  # as training draws them
     texts = embed_text(original, captions, device=recipe.device, precision=recipe.precision)
-    scale, bias = fit_scale_and_bias(untuned.vectors[some], texts, ids=train.labels()[some], batch=sampler.batch_size)
+    ids = kin_of(captions, train.labels()[some])
+    scale, bias = fit_scale_and_bias(untuned.vectors[some], texts, ids=ids, batch=sampler.batch_size)
     return SigLIP(scale=scale, bias=bias, **settings)
 
 

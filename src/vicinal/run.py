@@ -251,6 +251,8 @@ def _train(
         less = f"{small['too_small']:,} classes have fewer images than a batch takes of each"
         say(f"sampler: {less}, {small['single']:,} of them one")
     objective = objective_of(encoder, original, train, untuned, sampler, recipe, out)
+    if isinstance(objective, ImageTextObjective):
+        say(f"loss: starts from {objective.criterion}")
     counts["aside"] = trained_aside(objective)
     kept = LockedTowers() if recipe.data.streamed is not None else locked_of(encoder, train, untuned, recipe, say)
     transform = None if kept.image is not None else transform_of(encoder, recipe)

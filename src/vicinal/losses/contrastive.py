@@ -91,6 +91,9 @@ class InfoNCE(nn.Module):
             self.log_scale.clamp_(max=math.log(MAX_SCALE))
         return self.log_scale.exp()
 
+    def __str__(self) -> str:
+        return f"scale {self.scale.item():.2f}"
+
     def forward(
         self,
         image: Float[Tensor, "B D"],
@@ -164,6 +167,9 @@ class SigLIP(nn.Module):
         """The factor t on cosines."""
         return self.log_scale.exp()
 
+    def __str__(self) -> str:
+        return f"scale {self.scale.item():.2f}, bias {self.bias.item():.2f}"
+
     def forward(
         self,
         image: Float[Tensor, "B D"],
@@ -199,54 +205,57 @@ def fit_scale_and_bias(
     *,
     ids: Int[Tensor, "N"] | None = None,
     batch: int | None = None,
+    least: float = 10.0,
     most: float = 200.0,
 ) -> tuple[float, float]:
     """The scale and bias with which SigLIP's loss on these vectors is least: where to start from a softmax's model.
 
-    Logistic regression on the cosine, by Newton's method in float64. The best bias depends on the batch: of B^2 pairs
-    B are positive.
+    Logistic regression on the cosine, by Newton's method in float64. The best bias depends on the batch: an item meets
+    its own text always, and of the others, kin or not, B - 1 instead of N - 1.
 
     Args:
         image: embeddings of the encoder before training; a few thousand are enough.
         text: the i-th belongs to the i-th image.
         ids: pairs of equal ids are positives.
-        batch: B of the training to come: the other pairs are weighted as if there were B - 1 for each item. Default: N.
+        batch: B of the training to come: all pairs but an item's own are weighted as if there were B - 1 for each
+            item. Default: N.
+        least: the smallest scale, SigLIP's own from scratch. A model that knows nothing of the domain would have one
+            near 0, at which nothing is learnt: the gradient of a vector is t times as large.
         most: the largest scale; without it, pairs that a threshold separates would have an infinite one.
 
     Returns:
-        t and b for `SigLIP`.
+        t and b for `SigLIP`; where t is a bound, b is the best beside it.
 
     Raises:
-        InputError: there is no negative pair, or cosines of pairs that belong together are not above the others'.
+        InputError: there is no negative pair.
 
     >>> t, b = fit_scale_and_bias(torch.eye(8), torch.eye(8) + 0.5 * torch.eye(8).roll(1, 0))
     >>> t, round(-b / t, 2)    # separable: the threshold lies between the cosines .45 and .89
     (200.0, 0.67)
+    >>> fit_scale_and_bias(torch.eye(8), torch.ones(8, 8), batch=2)    # nothing is known: e^(t s + b) = 1
+    (10.0, -3.53...)
     """
     x_ND, y_ND = unit(image), unit(text)
     n = len(x_ND)
     ids = torch.arange(n, device=x_ND.device) if ids is None else ids
-    positives, negatives = _cosine_moments(x_ND, y_ND, ids)
-    if negatives[0] == 0:
+    _, count = _grouped(ids)
+    if len(count) < 2:
         raise InputError(f"there is no negative pair among {n}: give vectors of several captions")
-    if positives[1] / positives[0] <= negatives[1] / negatives[0]:
-        raise InputError(
-            f"cosines of pairs that belong together ({positives[1] / positives[0]:.3f} on average) are not above the "
-            f"others' ({negatives[1] / negatives[0]:.3f}): are images and texts in one order, and of one encoder?"
-        )
-    weight = 1.0 if batch is None else (batch - 1) / max(n - 1, 1)
-    middle = (positives[1] / positives[0] + negatives[1] / negatives[0]) / 2
-    point = torch.tensor([10.0, -10.0 * middle - math.log(max(2.0, batch or n)) / 2], dtype=torch.float64)
+    weight = 1.0 if batch is None else (batch - 1) / (n - 1)
+    kin = float((count.double() ** 2).sum())
+    odds = (n + weight * (kin - n)) / (weight * (n * n - kin))
+    middle = float(x_ND.mean(0).double() @ y_ND.mean(0).double())  # of all cosines
+    point = torch.tensor([least, math.log(odds) - least * middle], dtype=torch.float64)
     value, gradient, hessian = _logistic(x_ND, y_ND, ids, point, weight)
     for _ in range(60):
         damping = 1e-9 * hessian.diagonal().sum() * torch.eye(2, dtype=torch.float64)
         step = torch.linalg.solve(hessian + damping, gradient)
-        if point[0] >= most and step[0] < 0:  # at the bound: along the bias alone
+        if (point[0] >= most and step[0] < 0) or (point[0] <= least and step[0] > 0):  # at a bound: the bias alone
             step = torch.stack([torch.zeros_like(step[0]), gradient[1] / hessian[1, 1]])
         length = 1.0
         while length > 1e-4:
             candidate = point - length * step
-            candidate[0] = candidate[0].clamp(1e-3, most)
+            candidate[0] = candidate[0].clamp(least, most)
             there = _logistic(x_ND, y_ND, ids, candidate, weight)
             if there[0] <= value:
                 break
@@ -528,25 +537,17 @@ def _check_equal(equal: str) -> None:
 # ---- the logistic regression
 
 
-def _cosine_moments(x_ND: Tensor, y_ND: Tensor, ids: Tensor) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Number and sum of the cosines of pairs that belong together, and of all others; from sums, without the pairs."""
-    group, count = _grouped(ids)
-    sums = [v.new_zeros(len(count), v.shape[1]).index_add(0, group, v).double() for v in (x_ND, y_ND)]
-    together, all_of_them = (sums[0] * sums[1]).sum(), (sums[0].sum(0) * sums[1].sum(0)).sum()
-    pairs = int((count**2).sum())
-    return (pairs, float(together)), (len(ids) ** 2 - pairs, float(all_of_them - together))
-
-
 def _logistic(
     x_ND: Tensor, y_ND: Tensor, ids: Tensor, point: Tensor, weight: float
 ) -> tuple[float, Float[Tensor, "2"], Float[Tensor, "2 2"]]:
-    """Value, gradient and Hessian of the loss at (t, b), pairs that do not belong together counting `weight`."""
+    """Value, gradient and Hessian of the loss at (t, b), all pairs but an item's own counting `weight`."""
     t, b = point.tolist()
     sums = torch.zeros(6, dtype=torch.float64)
     for i in _blocks(slice(0, len(x_ND)), TILE[0]):
         s = (x_ND[i] @ y_ND.T).double()
         same = ids[i, None] == ids
-        w = torch.where(same, 1.0, weight).double()
+        w = torch.full_like(s, weight)
+        w.diagonal(i.start).fill_(1.0)
         z = torch.where(same, -1.0, 1.0) * (t * s + b)
         p = z.sigmoid()
         slope = torch.where(same, -w, w) * p

@@ -33,7 +33,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.training.objectives import as_it_was, keep_frozen_statistics, of_all_processes
 from vicinal.types import Batch, InputError
 
-__all__ = ["ImageTextObjective"]
+__all__ = ["ImageTextObjective", "kin_of"]
 
 BLOCK = 1024  # images at once, to see which text is nearest
 
@@ -138,21 +138,28 @@ class ImageTextObjective(nn.Module):
 
     def _ids(self, batch: Batch) -> Int[Tensor, "B"]:
         """Of the whole batch: equal for items that equal captions, or equal columns of `kin`, join."""
-        columns = [torch.tensor([_number(text) for text in batch["text"]])]
-        columns += [batch[name].cpu() for name in self.kin if name in batch]
+        columns = [_numbers(batch["text"]), *(batch[name].cpu() for name in self.kin if name in batch)]
         device = next(self.parameters()).device  # where processes can exchange them
-        ids, *others = of_all_processes(torch.stack(columns, 1).to(device)).cpu().T.contiguous()
-        for column in others:
-            # Unlabelled: of no kin. Numbers of their own, below all labels.
-            column = torch.where(column < 0, -1 - torch.arange(len(column)), column)
-            ids = _joined(ids, column)
+        ids = _kindred(of_all_processes(torch.stack(columns, 1).to(device)).cpu())
         if len(ids) > 1 and bool((ids == ids[0]).all()):
             raise InputError(
                 f"the {len(ids)} items of a batch are all one: their captions, or the columns {', '.join(self.kin)}, "
                 "join them, so there is nothing to tell apart; use larger batches, or a sampler of distinct captions"
             )
-        joined: Tensor = ids
-        return joined
+        return ids
+
+
+def kin_of(texts: Sequence[str], *columns: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
+    """Numbers that are equal for items that are never each other's negatives.
+
+    Args:
+        texts: the caption of each item; equal ones join their items.
+        columns: labels and the like, which join, too; -1 is none.
+
+    >>> kin_of(["a cat", "a dog", "a cat", "a bird"], torch.tensor([7, 8, 9, 8])).tolist()
+    [0, 1, 0, 1]
+    """
+    return _kindred(torch.stack([_numbers(texts), *columns], 1))
 
 
 def _both(encoder: Encoder, batch: Batch) -> Float[Tensor, "B 2 D"]:
@@ -169,9 +176,20 @@ def _own_scale(encoder: Encoder) -> dict[str, nn.Parameter]:
     return {name: named[name] for name in ("logit_scale", "logit_bias") if name in named}
 
 
-def _number(text: str) -> int:
+def _numbers(texts: Sequence[str]) -> Int[Tensor, "N"]:
     """The same for equal texts in every process, which Python's hash is not."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    digests = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+
+
+def _kindred(columns: Int[Tensor, "N C"]) -> Int[Tensor, "N"]:
+    """Of numbers of captions and further columns, where below 0 is none."""
+    ids: Tensor
+    ids, *others = columns.T.contiguous()
+    for column in others:
+        # Unlabelled: of no kin. Numbers of their own, below all labels.
+        ids = _joined(ids, torch.where(column < 0, -1 - torch.arange(len(column)), column))
+    return ids
 
 
 def _joined(one: Int[Tensor, "B"], other: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
