@@ -459,6 +459,37 @@ def test_class_neighbours_equal_the_loop():
         class_neighbours(x, y, 0)
 
 
+@pytest.mark.parametrize("kind", ["clustered", "all in one cluster"])
+def test_neighbours_of_very_many_classes_are_near(kind: str, monkeypatch: pytest.MonkeyPatch):
+    x, _ = clustered([1] * 60 if kind == "clustered" else [1], 32, 1.0, 0)
+    generator = torch.Generator().manual_seed(1)
+    x = (x[torch.arange(3000) % len(x)] + 0.6 * torch.randn(3000, 32, generator=generator) / 32**0.5).float()
+    y = torch.arange(3000)
+    exact = class_neighbours(x, y, 20)
+    monkeypatch.setattr(metrics, "EXACT_CLASSES", 2000)
+    found = class_neighbours(x, y, 20)
+    assert found.shape == (3000, 20)
+    assert 0 <= found.min() <= found.max() < 3000
+    assert (found != y[:, None]).all()  # never itself
+    assert (found.sort(1).values.diff(dim=1) > 0).all()  # nor one twice
+    unit = torch.nn.functional.normalize(x)
+    cosine, best = ((unit[:, None] * unit[rows]).sum(2) for rows in (found, exact))
+    assert (cosine.diff(dim=1) < 0.02).all()  # nearest first, as far as bfloat16 can tell
+    if kind == "clustered":
+        shared = (found[:, :, None] == exact[:, None]).any(2).float().mean()
+        assert shared > 0.6  # by chance, among all: .007; among a sixteenth: .11
+        assert float(cosine.mean()) > float(best.mean()) - 0.02
+    assert torch.equal(found, class_neighbours(x, y, 20))
+    with pytest.raises(ValueError, match="not finite"):
+        class_neighbours(x.masked_fill(y[:, None] == 7, torch.nan), y, 20)
+
+
+def test_the_best_of_groups_are_the_best():
+    similarity = torch.randn(40, 16 * 30 + 7, generator=torch.Generator().manual_seed(0))
+    for k in (1, 5, 15, 16, 60):
+        assert torch.equal(metrics._best_of_groups(similarity, k), similarity.topk(k).indices)
+
+
 def test_nmi_is_that_of_the_counts():
     """Clusters that are plain to see, so that k-means has one answer; the information by hand."""
     places = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])

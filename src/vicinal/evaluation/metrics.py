@@ -53,6 +53,7 @@ BLOCK_BYTES = 64 * 2**20
 TILE = 1024  # gallery items at once: with BLOCK queries, about what a second-level cache holds
 FINE = 8  # the fewest gallery items of which only the best is looked at first
 PRUNE_FROM = 4096  # gallery items; for fewer, all similarities cost less than choosing among them
+EXACT_CLASSES = 30_000  # six seconds of one core
 SPREAD = 8  # groups there must be for each neighbour asked for, so that seldom two of them share one
 UNIT_BF16 = 2.0**-8
 UNIT_FP32 = 2.0**-24
@@ -199,8 +200,9 @@ def retrieval_values(
 def class_neighbours(vectors: Float[Tensor, "N D"], labels: Int[Tensor, "N"], k: int) -> Int[Tensor, "C k"]:
     """The k classes nearest to each class, by the cosine of their means: what `HardClassSampler` takes.
 
-    Exact, and blockwise as `topk` is: 100,000 classes of 512 numbers cost 10^13 operations, so seconds on a GPU or many
-    cores, and about a minute on one core that multiplies bfloat16.
+    Exact up to EXACT_CLASSES. All pairs of 100,000 classes of 512 numbers would cost 10^13 operations, and a sampler
+    has no need of the very nearest: where there are more, each is compared with a sixteenth of them, those whose
+    clusters are nearest to its own, in bfloat16. What that misses: `benchmarks/neighbours.py`.
 
     Args:
         vectors: normalised here, so that long ones do not outweigh others.
@@ -224,6 +226,10 @@ def class_neighbours(vectors: Float[Tensor, "N D"], labels: Int[Tensor, "N"], k:
     unit = functional.normalize(vectors.detach().float(), dim=1)
     sums = unit.new_zeros(classes, unit.shape[1]).index_add_(0, place[labels], unit)
     means = functional.normalize(sums, dim=1)
+    if k < 1 or not torch.isfinite(sums).all():  # what `topk` says of it holds whatever the number of classes
+        return topk(means, means, k)[1]
+    if classes > max(EXACT_CLASSES, 64 * k):
+        return _near_by_cluster(means, k)
     nearest = topk(means, means, k, exclude=torch.arange(classes, device=means.device))[1]
     return nearest[:, : classes - 1]
 
@@ -342,6 +348,50 @@ def _within(ranked: Bool[Tensor, "q K"], count: Int[Tensor, "q"]) -> Bool[Tensor
 
 def _where_any(value: Float[Tensor, "q"], count: Int[Tensor, "q"]) -> Float[Tensor, "q"]:
     return torch.where(count > 0, value, torch.nan)
+
+
+# ---- neighbours that need not be the nearest
+
+
+def _near_by_cluster(rows: Float[Tensor, "C D"], k: int) -> Int[Tensor, "C k"]:
+    """Near rows of each unit row, itself left out: the best k of C / 16, those of the clusters nearest to its own.
+
+    About sqrt(C) clusters, from rows drawn with one seed, so that the answer is always the same.
+    """
+    count, clusters = len(rows), round(len(rows) ** 0.5)
+    half = rows.bfloat16()
+    drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:clusters]
+    centres = rows[drawn.to(rows.device)]
+    for _ in range(2):  # of k-means; more of them find no more neighbours
+        own = torch.cat([(part @ centres.bfloat16().T).argmax(1) for part in torch.split(half, 8 * BLOCK)])
+        centres = functional.normalize((1e-3 * centres).index_add(0, own, rows))  # an empty one stays where it is
+    own = torch.cat([(part @ centres.bfloat16().T).argmax(1) for part in torch.split(half, 8 * BLOCK)])
+    sizes = torch.bincount(own, minlength=clusters)
+    members = torch.split(own.argsort(stable=True), sizes.tolist())
+    order = (centres @ centres.T).argsort(1, descending=True)
+    several = (sizes[order].cumsum(1) < count // 16).sum(1) + 1
+    found = torch.empty(count, k, dtype=torch.long, device=rows.device)
+    for cluster, near in enumerate(order):
+        items = torch.cat([members[other] for other in near[: several[cluster]].tolist()])
+        pool = half[items]
+        for asked in torch.split(members[cluster], BLOCK):
+            similarity = (half[asked] @ pool.T).masked_fill_(items == asked[:, None], -torch.inf)
+            found[asked] = items[_best_of_groups(similarity, k)]
+    return found
+
+
+def _best_of_groups(similarity: Float[Tensor, "q G"], k: int) -> Int[Tensor, "q k"]:
+    """Columns of the k largest of each row: they stand in the k groups with the largest maxima."""
+    size, width = similarity.shape
+    groups = width // (2 * FINE)
+    if groups < 2 * k:
+        return similarity.topk(k, dim=1).indices
+    whole = similarity[:, : groups * 2 * FINE].view(size, 2 * FINE, groups)
+    best = whole.amax(1).topk(k, dim=1, sorted=False).indices
+    columns = (best[:, None] + torch.arange(0, groups * 2 * FINE, groups, device=best.device)[:, None]).flatten(1)
+    rest = torch.arange(groups * 2 * FINE, width, device=best.device).expand(size, -1)
+    columns = torch.cat([columns, rest], 1)
+    return columns.gather(1, similarity.gather(1, columns).topk(k, dim=1).indices)
 
 
 # ---- exact neighbours
