@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 import yaml
 
+from pictures import write_folder
 from several import free_port
 from vicinal.recipe import Recipe
 from vicinal.run import run
 from vicinal.training.devices import Processes
 from vicinal.types import InputError
-
-T = TypeVar("T")
 
 T = TypeVar("T")
 
@@ -116,3 +116,41 @@ def test_shares_are_all_and_none_twice() -> None:
         rows = [row for rank in range(2) for row in range(count)[Processes(rank, 2).share(count)]]
         assert rows == list(range(count))
     assert [Processes(rank, 4).share(3) for rank in range(4)] == [slice(0, 3)] * 4, "too few to share: each has all"
+
+
+def test_what_is_embedded_together_is_what_one_embeds_and_none_waits(tmp_path: Path) -> None:
+    """By `accelerate launch`, in two processes: fewer images than these, a share of unreadable ones, an error of one."""
+    photos = write_folder(tmp_path / "photos", classes=2, each=3)
+    broken = sorted(photos.rglob("*.png"))[:2]
+    for file in broken:
+        file.write_bytes(b"no picture")
+    worker = Path(__file__).with_name("embed_shared_worker.py")
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    launcher += ["--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
+    for out, command in (("one", [str(worker)]), ("two", ["-m", *launcher, str(worker)])):
+        (tmp_path / out).mkdir()
+        done = subprocess.run(
+            [sys.executable, *command, str(photos), str(tmp_path / out)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+    alone, *both = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("one/rank0.pt", "two/rank0.pt", "two/rank1.pt")
+    )
+    assert (alone["count"], both[0]["count"]) == (1, 2)
+    assert len(alone["found"]) == 12
+    assert {name for name, got in alone["found"].items() if "error" in got} == (
+        {"skip 1", "skip 2"} | {f"raise {count}" for count in range(1, 7)}
+    )
+    for process in both:
+        for name, got in alone["found"].items():
+            assert process["found"][name].keys() == got.keys(), name
+            if "error" not in got:
+                assert process["found"][name]["ids"] == got["ids"], name
+                assert torch.equal(process["found"][name]["labels"], got["labels"])
+                torch.testing.assert_close(process["found"][name]["vectors"], got["vectors"], atol=1e-5, rtol=0)
+            else:
+                assert process["found"][name] == got, name

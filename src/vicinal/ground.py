@@ -23,7 +23,7 @@ from vicinal.data.check import leaks
 from vicinal.data.division import Division, divide
 from vicinal.data.manifest import Manifest
 from vicinal.data.splits import official
-from vicinal.embedding import Precision, autocast_dtype, default_cache, embed
+from vicinal.embedding import NoneReadable, Precision, autocast_dtype, default_cache, embed
 from vicinal.evaluation.metrics import topk
 from vicinal.forgetting import Probe
 from vicinal.losses import (
@@ -125,28 +125,41 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
 def embed_shared(
     encoder: Encoder, manifest: Manifest, recipe: Recipe, stage: str, say: Say, processes: Processes
 ) -> Embeddings:
-    """Each process embeds its share, and has all of them."""
+    """Each process embeds its share, and has all of them. What goes wrong in one is raised by all: none waits for it.
+
+    Raises:
+        InputError: as `embed`; where unreadable images are skipped, a share of nothing else is left out.
+    """
     say(f"{stage}: embedding {len(manifest):,} images")
     own = processes.share(len(manifest))
     rows = np.zeros(len(manifest), bool)
     rows[own] = True
+    embedded: Embeddings | InputError
     with Bar(stage, int(rows.sum()), shown=processes.main) as bar:
-        embedded = embed(
-            encoder,
-            manifest.where(rows),
-            batch_size=recipe.embed_batch_size,
-            cache=default_cache() if recipe.cache == "auto" else recipe.cache,
-            workers=recipe.workers,
-            device=recipe.device,
-            precision=recipe.precision,
-            on_error=recipe.data.on_error,
-            progress=bar.to,
-        )
-    if processes.count == 1 or rows.all():
-        return embedded
-    shares = processes.gathered(embedded)
-    vectors, labels = (torch.cat([getattr(share, name) for share in shares]) for name in ("vectors", "labels"))
-    return Embeddings(vectors, labels, tuple(name for share in shares for name in share.ids), embedded.classes)
+        try:
+            embedded = embed(
+                encoder,
+                manifest.where(rows),
+                batch_size=recipe.embed_batch_size,
+                cache=default_cache() if recipe.cache == "auto" else recipe.cache,
+                workers=recipe.workers,
+                device=recipe.device,
+                precision=recipe.precision,
+                on_error=recipe.data.on_error,
+                progress=bar.to,
+            )
+        except InputError as error:
+            embedded = error
+    shares = [embedded] if rows.all() else processes.gathered(embedded)
+    found = [share for share in shares if isinstance(share, Embeddings)]
+    wrong = [share for share in shares if isinstance(share, InputError)]
+    grave = [error for error in wrong if not isinstance(error, NoneReadable)]
+    if grave or not found:
+        raise (grave or wrong)[0]
+    if len(found) == 1:
+        return found[0]
+    vectors, labels = (torch.cat([getattr(share, name) for share in found]) for name in ("vectors", "labels"))
+    return Embeddings(vectors, labels, tuple(name for share in found for name in share.ids), found[0].classes)
 
 
 def _readable(manifest: Manifest, embeddings: Embeddings) -> tuple[Manifest, list[str]]:
