@@ -119,7 +119,7 @@ def test_shares_are_all_and_none_twice() -> None:
 
 
 def test_what_is_embedded_together_is_what_one_embeds_and_none_waits(tmp_path: Path) -> None:
-    """By `accelerate launch`, in two processes: fewer images than these, a share of unreadable ones, an error of one."""
+    """By `accelerate launch`, in two processes: too few images, a share of unreadable ones, an error of one."""
     photos = write_folder(tmp_path / "photos", classes=2, each=3)
     broken = sorted(photos.rglob("*.png"))[:2]
     for file in broken:

@@ -32,7 +32,7 @@ from vicinal.models.modules import plain_attention
 from vicinal.types import Embeddings, InputError
 
 __all__ = [
-    "NoneReadable",
+    "NothingReadableError",
     "Precision",
     "autocast_dtype",
     "choose_precision",
@@ -48,7 +48,7 @@ __all__ = [
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-class NoneReadable(InputError):
+class NothingReadableError(InputError):
     """Not one image of a manifest could be read."""
 
 
@@ -142,13 +142,13 @@ def embed(
 
     Raises:
         InputError: an image is missing or cannot be read, and `on_error` is "raise".
-        NoneReadable: nothing is left after skipping.
+        NothingReadableError: nothing is left after skipping.
     """
     transform = eval_transform(encoder.preprocess)
     found = _gather(encoder, manifest, transform, "", batch_size, cache, workers, device, precision, on_error, progress)
     rows = sorted(found)
     if not rows:
-        raise NoneReadable("no image of the manifest could be read; `vicinal check` lists the reasons")
+        raise NothingReadableError("no image of the manifest could be read; `vicinal check` lists the reasons")
     vectors = torch.stack([found[i] for i in rows])
     ids = manifest.ids()
     return Embeddings(vectors, manifest.labels()[rows], tuple(ids[i] for i in rows), manifest.classes)

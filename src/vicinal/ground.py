@@ -23,7 +23,7 @@ from vicinal.data.check import leaks
 from vicinal.data.division import Division, divide
 from vicinal.data.manifest import Manifest
 from vicinal.data.splits import official
-from vicinal.embedding import NoneReadable, Precision, autocast_dtype, default_cache, embed
+from vicinal.embedding import NothingReadableError, Precision, autocast_dtype, default_cache, embed
 from vicinal.evaluation.metrics import topk
 from vicinal.forgetting import Probe
 from vicinal.losses import (
@@ -153,7 +153,7 @@ def embed_shared(
     shares = [embedded] if rows.all() else processes.gathered(embedded)
     found = [share for share in shares if isinstance(share, Embeddings)]
     wrong = [share for share in shares if isinstance(share, InputError)]
-    grave = [error for error in wrong if not isinstance(error, NoneReadable)]
+    grave = [error for error in wrong if not isinstance(error, NothingReadableError)]
     if grave or not found:
         raise (grave or wrong)[0]
     if len(found) == 1:
