@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -152,23 +153,38 @@ def _weights(folder: Path) -> str:
 
 def test_a_stated_rate_and_a_larger_gallery(photos: Path, tmp_path: Path) -> None:
     found = {}
-    for name, more in {"plain": {}, "many": {"gallery": 8}, "more": {"gallery": 20}}.items():
-        path = calibrate("vicinal:nano", photos, rate=0.5, out=tmp_path / name, **(FAST | more))
+    lines: list[str] = []
+    asked = {"plain": {}, "bare": {"confidence": 0.5}, "many": {"gallery": 8}, "more": {"gallery": 20}}
+    for name, more in asked.items():
+        path = calibrate("vicinal:nano", photos, rate=0.5, out=tmp_path / name, **(FAST | {"say": lines.append} | more))
         rule = OpenSetThreshold.load(path)
         content = json.loads((tmp_path / name / "calibration.json").read_text())["model"]
         assert set(content["by_gallery"]) == {"10", "100", "1000"}
         found[name] = rule.threshold_
-        if name == "plain":
-            assert content["fitted"]["decisions"]["fpir"]["value"] <= 0.5
-        else:
+        saved = json.loads(path.read_text())
+        for key in ("rate", "confidence", "allowed", "independent"):
+            assert content[key] == saved[key] is not None
+        assert rule.confidence == more.get("confidence", 0.95)
+        assert threshold_on_card(rule)["chosen for"] == rule.aim
+        assert f"threshold for: {rule.aim}" in lines
+        if "gallery" in more:
             assert rule.gallery_size_ == more["gallery"]
+        else:
+            assert content["fitted"]["decisions"]["fpir"]["value"] <= rule.allowed_ < 0.5
+            assert 12 * 0.8 <= rule.independent_ <= 48  # of twelve classes with four queries each
+    assert any(re.search(r"model: so that others keep it, \d+\.\d\d% of these unknown", line) for line in lines)
+    assert found["plain"] > found["bare"]
     assert found["more"] > found["many"], "among more classes more strangers find one that is like them"
     with pytest.raises(InputError, match="give both"):
         calibrate("vicinal:nano", photos, gallery=8, out=tmp_path / "x", **FAST)
     with pytest.raises(InputError, match="not a share"):
         calibrate("vicinal:nano", photos, rate=5.0, out=tmp_path / "x", **FAST)
-    with pytest.raises(InputError, match="not measurable"):
-        calibrate("vicinal:nano", photos, rate=0.0001, out=tmp_path / "x", **FAST)
+    with pytest.raises(InputError, match=r"takes 29,956 unknown queries.* here are 48 of 12: bring more"):
+        calibrate("no such model", photos, rate=0.0001, out=tmp_path / "x", **FAST)
+    with pytest.raises(InputError, match=r"nano.*a score \(0.01 among 20\) cannot be stated with confidence 0.95"):
+        calibrate("vicinal:nano", photos, rate=0.01, gallery=20, out=tmp_path / "x", **FAST)
+    with pytest.raises(InputError, match=r"confidence=1\.0 is none"):
+        calibrate("no such model", photos, rate=0.5, confidence=1.0, out=tmp_path / "x", **FAST)
 
 
 def test_a_run_is_calibrated_on_its_validation_classes_and_never_on_those_it_was_trained_on(

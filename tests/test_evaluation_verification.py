@@ -197,7 +197,7 @@ def test_differences_of_decisions_draw_the_same_classes_for_both():
 @pytest.mark.parametrize("rate", [None, 0.3], ids=["f1", "rate"])
 def test_a_threshold_has_an_interval_by_fitting_it_anew(rate: float | None):
     scores, right, enrolled, units = answers(2)
-    rule = OpenSetThreshold(rate=rate).fit(scores, right, enrolled=enrolled, fingerprint="m")
+    rule = OpenSetThreshold(rate=rate, confidence=None).fit(scores, right, enrolled=enrolled, fingerprint="m")
     metrics = calibrate(rule, scores, right, units + 100, enrolled=enrolled, resamples=400)
     assert metrics["threshold"].value == pytest.approx(rule.threshold_)
     assert metrics["eer"].value == pytest.approx(rule.eer_)
@@ -208,7 +208,9 @@ def test_a_threshold_has_an_interval_by_fitting_it_anew(rate: float | None):
         rows = np.concatenate([np.flatnonzero(units.numpy() == u) for u in rng.integers(20, size=20)])
         if enrolled[rows].all():
             continue
-        again = OpenSetThreshold(rate=rate).fit(scores[rows], right[rows], enrolled=enrolled[rows], fingerprint="m")
+        again = OpenSetThreshold(rate=rate, confidence=None).fit(
+            scores[rows], right[rows], enrolled=enrolled[rows], fingerprint="m"
+        )
         drawn.append(again.threshold_)
     low, high = np.percentile(drawn, (2.5, 97.5))
     estimate = metrics["threshold"]

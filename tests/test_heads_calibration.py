@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from vicinal.heads.calibration import OpenSetThreshold, TemperatureScaling, curve
@@ -115,7 +116,7 @@ def test_of_equal_f1_the_largest_threshold_midway_to_the_next_score():
 def test_the_stated_rate_is_kept_and_used_up(rate: float):
     rng = np.random.default_rng(3)
     scores, right = rng.permutation(np.linspace(0, 1, 200)), np.arange(200) < 100
-    rule = OpenSetThreshold(rate=rate).fit(scores, right, fingerprint="m")
+    rule = OpenSetThreshold(rate=rate, confidence=None).fit(scores, right, fingerprint="m")
     wrong = scores[~right]
     assert (wrong >= rule.threshold_).mean() == pytest.approx(rate)  # 100 impostors: each rate can be hit
     assert rule.false_accept_ == pytest.approx(rate)
@@ -126,7 +127,7 @@ def test_the_stated_rate_is_kept_and_used_up(rate: float):
 
 def test_impostors_on_top_leave_a_threshold_above_them():
     scores = np.array([0.9] * 30 + [0.1] * 10)
-    rule = OpenSetThreshold(rate=0.1).fit(scores, np.arange(40) >= 30, fingerprint="m")
+    rule = OpenSetThreshold(rate=0.1, confidence=None).fit(scores, np.arange(40) >= 30, fingerprint="m")
     assert rule.threshold_ > 0.9
     assert not rule.predict(scores.astype(np.float32)).any()
     assert (rule.recall_, rule.false_accept_) == (0.0, 0.0)
@@ -136,12 +137,73 @@ def test_a_rate_per_query_holds_for_that_many_references():
     rng = np.random.default_rng(4)
     wrong, right = rng.random(50_000), rng.random(100) + 0.5
     scores, good = np.concatenate([wrong, right]), np.arange(50_100) >= 50_000
-    rule = OpenSetThreshold(rate=0.05, gallery=50).fit(scores, good, fingerprint="m")
+    rule = OpenSetThreshold(rate=0.05, gallery=50, confidence=None).fit(scores, good, fingerprint="m")
     queries = rng.random((4000, 50))  # fresh ones, each against fifty references
     assert (queries.max(1) >= rule.threshold_).mean() == pytest.approx(0.05, abs=0.02)
     assert rule.by_gallery_[10] < rule.threshold_ < rule.by_gallery_[100] < rule.by_gallery_[1000]
+    sure = OpenSetThreshold(rate=0.05, gallery=50).fit(scores, good, fingerprint="m")
+    assert rule.threshold_ < sure.threshold_ < rule.by_gallery_[100]
     few = OpenSetThreshold(rate=0.05).fit(scores[49_500:], good[49_500:], fingerprint="m")
     assert few.by_gallery_[1000] is None  # 500 pairs say nothing of a rate of 5e-5
+
+
+# ---- the confidence of a rate
+
+
+def strangers(scores: np.ndarray, units: np.ndarray, **settings: float | None) -> OpenSetThreshold:
+    """A threshold fitted on these impostors, and on one right answer above all."""
+    right = np.append(np.zeros(len(scores), bool), True)
+    rule = OpenSetThreshold(**{"rate": 0.05, **settings})
+    return rule.fit(np.append(scores, 99.0), right, enrolled=right, units=np.append(units, -1), fingerprint="m")
+
+
+@pytest.mark.parametrize(("count", "accepted"), [(59, 0), (92, 0), (93, 1), (124, 2), (153, 3), (181, 4)])
+def test_of_independent_ones_as_many_may_pass_as_in_tables_of_tolerance_limits(count: int, accepted: int):
+    scores = np.random.default_rng(0).permutation(count).astype(float)
+    rule = strangers(scores, np.arange(count))
+    assert int(rule.predict(scores).sum()) == accepted
+    assert rule.independent_ == count
+    with pytest.raises(InputError, match=r"worth 58 independent ones, and it takes 59 .* a rate of 0.051"):
+        strangers(scores[:58], np.arange(58))
+
+
+def test_copies_of_a_class_are_worth_one():
+    rng = np.random.default_rng(1)
+    once = rng.normal(size=400)
+    alone = strangers(once, np.arange(400))
+    copied = strangers(np.repeat(once, 5), np.repeat(np.arange(400), 5))
+    assert copied.independent_ == pytest.approx(400, rel=0.02)
+    assert copied.threshold_ == pytest.approx(alone.threshold_, abs=0.1)
+    apart = strangers(rng.normal(size=2000), np.repeat(np.arange(400), 5))
+    assert apart.independent_ > 1500
+    with pytest.raises(
+        InputError, match=r"the 2,000 impostors of 20 classes are worth (17|18|19|20) .* Bring some [67]\d such"
+    ):
+        strangers(np.repeat(rng.normal(size=20), 100), np.repeat(np.arange(20), 100))
+    one_class = {"units": np.zeros(200)}
+    with pytest.raises(InputError, match="of 1 classes are worth 1 "):
+        strangers(rng.normal(size=200), **one_class)
+
+
+@pytest.mark.parametrize(
+    ("classes", "most", "alike", "rate"),
+    [(100, 7, 0.9, 0.05), (150, 12, 0.5, 0.05), (60, 3, 0.3, 0.1), (80, 1, 0, 0.05)],
+)
+def test_a_stated_rate_holds_as_often_as_its_confidence_says(classes: int, most: int, alike: float, rate: float):
+    """Scores of classes of 1 to `most` crops, correlated by `alike` within a class: what passes of others is known."""
+    rng = np.random.default_rng(2)
+    beyond: dict[float | None, list[bool]] = {None: [], 0.8: [], 0.95: []}
+    for _ in range(200):
+        units = np.repeat(np.arange(classes), rng.integers(1, most + 1, classes))
+        scores = alike**0.5 * rng.normal(size=classes)[units] + (1 - alike) ** 0.5 * rng.normal(size=len(units))
+        for confidence, found in beyond.items():
+            rule = strangers(scores, units, rate=rate, confidence=confidence)
+            found.append(norm.sf(rule.threshold_) > rate)
+    share = {confidence: np.mean(found) for confidence, found in beyond.items()}
+    assert 0.35 < share[None] < 0.6, "a quantile is passed as often as not"
+    assert share[0.8] <= 0.2 + 0.06  # two standard errors of 200 draws
+    assert share[0.95] <= 0.05 + 0.035
+    assert share[0.95] < share[0.8] < share[None]
 
 
 def test_equal_error_by_hand():
@@ -168,7 +230,11 @@ def test_true_accept_rate_by_hand():
     ("rule", "arguments", "says"),
     [
         (OpenSetThreshold(rate=2.0), {}, "rate=2.0"),
-        (OpenSetThreshold(rate=0.001), {}, "not measurable on 2 impostors: give at least 1000"),
+        (OpenSetThreshold(rate=0.001, confidence=None), {}, "not measurable on 2 impostors: give at least 1,000"),
+        (OpenSetThreshold(rate=0.05), {}, "2 impostors of 2 classes are worth 2 .* it takes 59"),
+        (OpenSetThreshold(rate=0.5), {"enrolled": [True] * 4}, "not measurable on 0 impostors"),
+        (OpenSetThreshold(rate=0.5, confidence=0.3), {}, "confidence=0.3"),
+        (OpenSetThreshold(rate=0.5), {"units": [1, 2]}, "units"),
         (OpenSetThreshold(gallery=5), {}, "gallery needs a rate"),
         (OpenSetThreshold(rate=0.5, gallery=5), {"enrolled": [True] * 4}, "met their gallery"),
         (OpenSetThreshold(), {"right": [False] * 4}, "no right answer"),
@@ -177,7 +243,21 @@ def test_true_accept_rate_by_hand():
         (OpenSetThreshold(), {"scores": [-math.inf] * 4}, "no score"),
         (OpenSetThreshold(), {"enrolled": [False] * 4}, "not to be enrolled"),
     ],
-    ids=["rate", "few", "gallery", "met", "none-right", "length", "nan", "no-score", "enrolled"],
+    ids=[
+        "rate",
+        "few",
+        "unsure",
+        "no-stranger",
+        "confidence",
+        "units",
+        "gallery",
+        "met",
+        "none-right",
+        "length",
+        "nan",
+        "no-score",
+        "enrolled",
+    ],
 )
 def test_bad_input_is_named(rule: OpenSetThreshold, arguments: dict, says: str):
     given = {"scores": [0.9, 0.8, 0.3, 0.2], "right": [True, True, False, False], "fingerprint": "m", **arguments}
@@ -191,13 +271,21 @@ def test_bad_input_is_named(rule: OpenSetThreshold, arguments: dict, says: str):
 def test_a_threshold_comes_back_and_is_refused_for_others(tmp_path: Path):
     scores, right = trials(8)
     settings = {"fusion": "topk", "k": 3, "margin": 0.02}
-    rule = OpenSetThreshold(rate=0.1).fit(scores, right, fingerprint="a" * 64, settings=settings, gallery_size=20)
+    rule = OpenSetThreshold(rate=0.1, confidence=0.9)
+    rule.fit(scores, right, units=np.arange(300) // 3, fingerprint="a" * 64, settings=settings, gallery_size=20)
+    assert rule.aim == "at most 0.1 of unknown queries accepted among 20 classes, with confidence 0.9"
+    assert OpenSetThreshold().aim == "best F1"
     path = rule.save(tmp_path / "deep" / "t.json", metrics={"f1": Estimate(0.5, 0.4, math.nan, 3, 9)})
     assert [p.name for p in path.parent.iterdir()] == ["t.json"]  # nothing is left beside it
     json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     back = OpenSetThreshold.load(path, fingerprint="a" * 64, settings=settings)
-    for name in ("threshold_", "f1_", "eer_", "by_gallery_", "counts_", "gallery_size_", "rate", "settings_"):
+    for name in ("threshold_", "f1_", "eer_", "by_gallery_", "counts_", "gallery_size_", "rate", "settings_",
+                 "confidence", "allowed_", "independent_", "aim"):  # fmt: skip
         assert getattr(back, name) == getattr(rule, name)
+    notes = json.loads(path.read_text())
+    old = tmp_path / "old.json"  # of before there was a confidence
+    old.write_text(json.dumps({k: v for k, v in notes.items() if k not in ("confidence", "allowed", "independent")}))
+    assert (OpenSetThreshold.load(old).confidence, OpenSetThreshold.load(old).allowed_) == (None, rule.pair_rate)
     assert (back.metrics_["f1"].low, math.isnan(back.metrics_["f1"].high)) == (0.4, True)
     assert OpenSetThreshold.load(back.save(tmp_path / "again.json")).metrics_["f1"].n == 3  # kept, too
     with pytest.raises(InputError, match="model aaaaaaaaaaaa"):

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from sklearn.base import clone
 from torch import Tensor
 
 from vicinal.bring import bring, bring_path, open_uri, starting_model
@@ -159,6 +162,7 @@ def calibrate(
     queries: str | Path | None = None,
     baseline: str | Path | None = None,
     rate: float | None = None,
+    confidence: float = 0.95,
     gallery: int | None = None,
     settings: Mapping[str, Any] | None = None,
     references: int = 5,
@@ -185,6 +189,8 @@ def calibrate(
         baseline: a model to compare with, or "start": what the run began with, under its own preprocessing. A
             threshold of its own is fitted in the same way, and lies in `out` as `threshold-baseline.json`.
         rate: r, the share of unknown queries that may be accepted (FPIR). None: the best F1.
+        confidence: with which the rate holds for queries of other classes, see `OpenSetThreshold`. 0.95; at 0.5 it is
+            passed as often as not.
         gallery: N classes that will be enrolled; r is then fitted from scores of pairs, for so many. None: for as many
             as are enrolled here.
         settings: of the `Matcher`: fusion, k, margin, min_votes, vote_threshold.
@@ -211,13 +217,17 @@ def calibrate(
         raise InputError(f"rate={rate} is not a share of unknown queries; give one above 0 and below 1")
     if gallery is not None and (rate is None or gallery < 1):
         raise InputError("gallery needs a rate to keep for so many classes; give both (--rate --gallery)")
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"confidence={confidence} is none to keep a rate with; give one from 0.5 on and below 1")
+    aim = OpenSetThreshold(rate=rate, gallery=gallery, confidence=confidence)
     folder = Path(out).expanduser() if out is not None else path / "calibration"
     settings = dict(settings or {})
     benches = _benches(path, source, queries, references, seed, columns)
     _refuse_trained(path, benches["fitted"])
+    _refuse_few(aim, benches["fitted"])
     sides = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     found = {
-        name: _Side.of(_opened(path, str(uri), size), benches, settings, rate, gallery, seed, device, resamples, say)
+        name: _Side.of(_opened(path, str(uri), size), benches, settings, aim, seed, device, resamples, say)
         for name, uri in sides.items()
     }
     own = found["model"]
@@ -316,6 +326,21 @@ def _refuse_trained(model: Path, bench: Bench) -> None:
         )
 
 
+def _refuse_few(aim: OpenSetThreshold, bench: Bench) -> None:
+    """As `fit` will say, but before anything is embedded: each query is a stranger once, and worth one at most."""
+    if aim.rate is None or aim.gallery is not None:
+        return
+    assert aim.confidence is not None
+    needed = math.ceil(math.log1p(-aim.confidence) / math.log1p(-aim.rate) - 1e-9)
+    if len(bench.queries) < needed:
+        raise InputError(
+            f"a rate of {aim.rate:g} with confidence {aim.confidence:g} takes {needed:,} unknown queries, and as many "
+            f"classes where those of one go wrong together; here are {len(bench.queries):,} of "
+            f"{len(torch.unique(bench.queries.labels())):,}: bring more, state a higher rate, or be content with a "
+            "lower confidence"
+        )
+
+
 # ---- one model
 
 
@@ -339,8 +364,7 @@ class _Side:
         encoder: Encoder,
         benches: Mapping[str, Bench],
         settings: Mapping[str, Any],
-        rate: float | None,
-        gallery: int | None,
+        aim: OpenSetThreshold,
         seed: int,
         device: str,
         resamples: int,
@@ -362,31 +386,32 @@ class _Side:
             pairs[name] = verification.similarities(asked, given, kin=kin)
             if name == "fitted":
                 matcher = Matcher(given, fingerprint=fingerprint, **settings)
-                scores = _pair_scores(matcher, asked, kin) if rate is not None else None
+                scores = _pair_scores(matcher, asked, kin) if aim.rate is not None else None
             last = (given, asked)
         fitted = trials["fitted"]
-        rule = OpenSetThreshold(rate=rate, gallery=gallery)
+        rule = clone(aim)
         by_gallery: dict[int, float | None] = {}
         if scores is not None:
-            try:
-                by_gallery = (
-                    OpenSetThreshold(rate=rate, gallery=1).fit(*scores[:2], fingerprint=fingerprint).by_gallery_
-                )
-            except InputError:  # too few wrong pairs for the rate itself: then for no gallery either
-                by_gallery = {}
+            with suppress(InputError):  # too few wrong pairs for the rate itself: then for no gallery either
+                of_pairs = clone(aim).set_params(gallery=1)
+                by_gallery = of_pairs.fit(*scores[:2], units=scores[2], fingerprint=fingerprint).by_gallery_
         fitted_on, right, units, known = fitted.scores, fitted.right, fitted.units, fitted.enrolled
         there: Tensor | None = known
-        if gallery is not None:
+        if aim.gallery is not None:
             assert scores is not None
             fitted_on, right, units, there = *scores, None
-        rule.fit(
-            fitted_on,
-            right,
-            fingerprint=fingerprint,
-            enrolled=there,
-            settings=matcher.settings,
-            gallery_size=gallery or enrolled["fitted"],
-        )
+        try:
+            rule.fit(
+                fitted_on,
+                right,
+                fingerprint=fingerprint,
+                enrolled=there,
+                units=units,
+                settings=matcher.settings,
+                gallery_size=aim.gallery or enrolled["fitted"],
+            )
+        except InputError as error:
+            raise InputError(f"{encoder.source}: {error}") from error
         fewer = resamples if len(fitted_on) < MANY else min(resamples, 200)
         intervals = verification.calibrate(rule, fitted_on, right, units, enrolled=there, resamples=fewer)
         decisions = {
@@ -461,6 +486,9 @@ def _content(found: Mapping[str, _Side], benches: Mapping[str, Bench], resamples
         content[name] = {
             "model_hash": side.rule.fingerprint_,
             "rate": side.rule.rate,
+            "confidence": None if side.rule.rate is None else side.rule.confidence,
+            "allowed": None if side.rule.rate is None else side.rule.allowed_,
+            "independent": None if side.rule.rate is None else side.rule.independent_,
             "gallery": side.rule.gallery,
             "settings": side.rule.settings_,
             "threshold": side.rule.threshold_,
@@ -503,27 +531,39 @@ def _lines(found: Mapping[str, _Side], content: Mapping[str, Any]) -> list[str]:
 
     def number(value: Mapping[str, Any]) -> str:
         if value["value"] is None:
-            return "not measurable"
+            return "undefined"
         ends = "" if value["low"] is None else f" [{value['low']:.3f}, {value['high']:.3f}]"
         return f"{value['value']:.3f}{ends}"
 
     rule = found["model"].rule
-    how = "best F1" if rule.rate is None else f"at most {rule.rate:g} of unknown queries accepted"
-    if rule.gallery is not None:
-        how += f" among {rule.gallery:,} classes"
-    lines = [row("", names), row(f"threshold ({how})", [number(content[n]["intervals"]["threshold"]) for n in names])]
+    lines = [f"threshold for: {rule.aim}"]
+    if rule.rate is not None:
+        what = "pairs" if rule.gallery else "unknown queries"
+        lines += [
+            f"  {n}: so that others keep it, {found[n].rule.allowed_:.2%} of these {what} may pass, of "
+            f"{found[n].rule.pair_rate:.2%}; the {found[n].rule.counts_['impostors']:,} are worth "
+            f"{found[n].rule.independent_:,.0f} independent ones"
+            for n in names
+        ]
+    lines += [row("", names), row("threshold", [number(content[n]["intervals"]["threshold"]) for n in names])]
     for part in ("fitted", "tested"):
         if part not in content:
             continue
         about = content[part]
         lines += ["", f"{part} on {about['classes']:,} classes, {about['queries']:,} queries, {about['references']:,} "
                   f"references, {about['enrolled_at_once']:,} classes enrolled at a time"]  # fmt: skip
-        lines += [row(f"  {m}", [number(content[n][part]["decisions"][m]) for n in names]) for m in DECIDED]
+        rows = {m: [content[n][part]["decisions"][m] for n in names] for m in DECIDED}
+        lines += [row(f"  {m}", [number(v) for v in values]) for m, values in rows.items()]
         if "difference" in content:
             lines[-4:] = [
                 f"{line}   {number(content['difference'][part][m])}"
                 for line, m in zip(lines[-4:], DECIDED, strict=True)
             ]
+        lines += [
+            f"  {m} is {verification.UNDEFINED[m]}"
+            for m, values in rows.items()
+            if any(v["value"] is None for v in values)
+        ]
         of = {n: content[n][part]["pairs"] for n in names}
         for metric, what in (("right_mean", "right pairs, mean cosine"), ("wrong_mean", "wrong pairs"), ("gap", "gap"),
                              ("eer", "equal error rate of pairs")):  # fmt: skip
@@ -535,9 +575,10 @@ def _lines(found: Mapping[str, _Side], content: Mapping[str, Any]) -> list[str]:
             )
     if found["model"].by_gallery:
         many = ", ".join(
-            f"{n:,}: {'not measurable' if t is None else f'{t:.3f}'}" for n, t in found["model"].by_gallery.items()
+            f"{n:,}: {'too few here to state it' if t is None else f'{t:.3f}'}"
+            for n, t in found["model"].by_gallery.items()
         )
-        lines += ["", f"threshold for so many classes enrolled, at a rate of {rule.rate:g}: {many}"]
+        lines += ["", f"threshold for so many classes enrolled, from pairs, at a rate of {rule.rate:g}: {many}"]
     if found["model"].confused:
         worst = "; ".join(f"{true} for {said} ({n})" for true, said, n in found["model"].confused[:5])
         lines += ["", f"taken for another (all classes enrolled): {worst}"]

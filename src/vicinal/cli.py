@@ -202,9 +202,14 @@ def calibrate(
         str | None, typer.Option(help="A model to compare with; `start`: what the run began with.")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Share of unknown queries accepted; else the best F1.")] = None,
+    confidence: Annotated[
+        float, typer.Option(help="With which the rate holds for other classes; at 0.5 as often passed as not.")
+    ] = 0.95,
     gallery: Annotated[int | None, typer.Option(help="Of the rate: how many classes will be enrolled.")] = None,
     fusion: Annotated[str, typer.Option(help="max, mean, topk or multi-ref.")] = "topk",
-    top: Annotated[int, typer.Option("-k", help="Of topk and multi-ref.")] = 3,
+    top: Annotated[
+        int, typer.Option("-k", help="How many of a class's nearest references topk and multi-ref look at.")
+    ] = 3,
     margin: Annotated[float, typer.Option(help="How far the second class must be behind.")] = 0.02,
     references: Annotated[int, typer.Option(help="The most a class, where they are drawn.")] = 5,
     seed: Annotated[int, typer.Option(help="Of draws and halves.")] = 42,
@@ -224,6 +229,7 @@ def calibrate(
         queries=queries,
         baseline=baseline,
         rate=rate,
+        confidence=confidence,
         gallery=gallery,
         settings={"fusion": fusion, "k": top, "margin": margin},
         references=references,
@@ -375,7 +381,9 @@ def match(
     fusion: Annotated[
         str | None, typer.Option("--fusion", "--matching-method", help="max, mean, topk or multi-ref.")
     ] = None,
-    k: Annotated[int | None, typer.Option(help="References that topk and multi-ref look at.")] = None,
+    k: Annotated[
+        int | None, typer.Option(help="How many of a class's nearest references topk and multi-ref look at.")
+    ] = None,
     margin: Annotated[float | None, typer.Option(help="How far the second class must be behind.")] = None,
     detect_threshold: Annotated[float, typer.Option(help="From which score on a box is looked at.")] = 0.5,
     overlap: Annotated[float, typer.Option(help="Of two boxes that overlap more, the better stays.")] = 0.7,

@@ -6,6 +6,7 @@ Letters: N items, D numbers an embedding, Q queries, R replicates (draws of a su
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +185,10 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        if math.isnan(self.value):
+            return "undefined"
+        ends = "no interval" if math.isnan(self.low) else f"{self.low:.3f}, {self.high:.3f}"
+        return f"{self.value:.3f} [{ends}]"
 
 
 Metrics = Mapping[str, Estimate]

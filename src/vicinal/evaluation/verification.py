@@ -44,6 +44,14 @@ CELLS = 2**22  # similarities at once
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 RATES = (0.01, 0.001, 0.0001)
 
+UNDEFINED = {  # why a metric of `decisions` is NaN
+    "precision": "undefined: nothing is accepted",
+    "recall": "undefined: no class asked about has references",
+    "f1": "undefined: nothing is accepted, and no class asked about has references",
+    "fpir": "undefined: nothing asked about is unknown",
+    "fnir": "undefined: no class asked about has references",
+}
+
 Values = dict[str, Float[np.ndarray, "*R"]]
 
 
@@ -336,7 +344,7 @@ def calibrate(
 
     def values(weights: Float[np.ndarray, "R U"]) -> Values:
         found = curve(scores, right, enrolled=enrolled, weights=weights[:, unit])
-        threshold = found.best_f1() if rule.rate is None else found.at_rate(rule.pair_rate)
+        threshold = found.best_f1() if rule.rate is None else found.at_rate(rule.allowed_)
         return {"threshold": threshold, "eer": found.equal_error()}
 
     own = _estimates(values, size, len(unit), resamples, seed, width=4 * len(unit))

@@ -14,11 +14,27 @@ a query against a gallery of N references is wrong, as if the N were independent
 
     FPIR = 1 - (1 - FAR)^N,      so a stated rate r asks for FAR <= 1 - (1 - r)^(1 / N)
 
+A threshold that accepts the share r of the impostors at hand accepts more than r of others in half of all cases. To be
+within r with confidence c, it may accept at most the share r' of those at hand, whose upper confidence bound is r:
+
+    r' = max{p : B(c; n p + 1, n (1 - p)) <= r},     B the quantile of the beta distribution
+
+(Clopper and Pearson 1934; as a limit for later draws, Wilks 1941; a bound at each threshold, walked down until it
+passes r, needs no correction for the walk: Bates et al. 2021, 2101.02703). Not all of r' fits into few: with none
+accepted the bound is 1 - (1 - c)^(1 / n), so r = .05 at c = .95 takes n = 59, r = .01 takes 299. Queries of one class
+go wrong together, so n is not |I| but what they are worth (Kish 1965; Korn and Graubard 1998): with G classes of
+impostors, a_q whether q is among the best r of them, p the mean of a, and e_u the sum of a_q - p over class u,
+
+    V = G / (G - 1) sum_u e_u^2 / |I|^2       n = p (1 - p) / V (t_|I|-1 / t_G-1)^2  <= |I|
+
+with t the quantiles at (1 + c) / 2 of Student's distribution, of so many degrees of freedom.
+
     temperature   argmin_T  - sum_q log softmax(z_q / T)_{y_q}                        (Guo et al. 2017, 1706.04599)
 
 Intervals are not made here: `evaluation.verification` resamples classes, with `weights`.
 
-Letters: Q queries (or pairs), T distinct scores, C classes, R sets of weights, N references of a gallery.
+Letters: Q queries (or pairs), T distinct scores, C classes, G classes of impostors, R sets of weights, N references of
+a gallery.
 """
 
 from __future__ import annotations
@@ -33,7 +49,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
@@ -234,27 +250,37 @@ class OpenSetThreshold(_Bound):
     """The score from which on an answer counts; below it, *unknown*. Best F1, or a stated rate of false accepts.
 
     To be fitted on classes that were neither trained on nor will be reported on. Without `rate`: the best F1, of equal
-    ones the largest threshold, placed midway to the next lower score. With it: the smallest score that keeps FAR within
-    the rate, so the largest recall that the rate allows.
+    ones the largest threshold, placed midway to the next lower score. With it: the smallest score at which the upper
+    confidence bound of FAR is within the rate, so the largest recall that can be had with that confidence. It speaks of
+    impostors of other classes, drawn as those at hand were, against as many classes: see the module's text.
 
     After `fit`: `threshold_`, `f1_`, `precision_`, `recall_`, `false_accept_` at it, `eer_`, `counts_` (right, wrong,
-    impostors), `about_` (see `save`), and for scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, or
-    None where not measurable.
+    impostors), `about_` (see `save`). With a rate: `allowed_`, r', and `independent_`, n. For scores of pairs
+    `by_gallery_`: N -> the threshold for a gallery of N, or None where it cannot be stated.
 
     Args:
         rate: r, the share of impostors that may be accepted, above 0 and below 1. None: the best F1.
         gallery: N, for scores of pairs: r is then per query, against N references. None: r is per score.
+        confidence: c, with which the rate holds, from 0.5 on and below 1. None: the rate is that of the impostors at
+            hand, and as often passed by others as not.
 
     >>> rule = OpenSetThreshold().fit([0.9, 0.8, 0.3, 0.2], [True, True, False, False], fingerprint="abc")
     >>> round(rule.threshold_, 2), rule.predict([0.5, 0.6]).tolist()
     (0.55, [False, True])
+    >>> scores, right = np.arange(100) / 100, np.arange(100) >= 50    # fifty impostors, from .00 to .49
+    >>> rules = [OpenSetThreshold(rate=0.1, confidence=c) for c in (None, 0.95)]
+    >>> [round(rule.fit(scores, right, fingerprint="abc").threshold_, 2) for rule in rules]
+    [0.45, 0.49]
     """
 
     kind: ClassVar[str] = "open-set threshold"
 
-    def __init__(self, *, rate: float | None = None, gallery: int | None = None) -> None:
+    def __init__(
+        self, *, rate: float | None = None, gallery: int | None = None, confidence: float | None = 0.95
+    ) -> None:
         self.rate = rate
         self.gallery = gallery
+        self.confidence = confidence
 
     def fit(
         self,
@@ -263,6 +289,7 @@ class OpenSetThreshold(_Bound):
         *,
         fingerprint: str,
         enrolled: ArrayLike | None = None,
+        units: ArrayLike | None = None,
         settings: Mapping[str, Any] | None = None,
         gallery_size: int | None = None,
     ) -> OpenSetThreshold:
@@ -273,38 +300,43 @@ class OpenSetThreshold(_Bound):
             right: "Q", whether the pair is of one class, or the best class the right one.
             fingerprint: of the model that the scores come from.
             enrolled: "Q", whether the query's class was among those to choose from: FAR is then that of the others.
+            units: "Q", the query's class, whose scores go wrong together. None: each score stands alone.
             settings: of the matcher that the scores come from.
             gallery_size: how many classes there were to choose from, kept to warn by.
 
         Raises:
-            InputError: rows that do not match, a score that is NaN, none right, a rate that is no rate or that so few
-                impostors cannot show, a gallery for scores that have met one.
+            InputError: rows that do not match, a score that is NaN, none right, a rate or confidence that is none, a
+                rate that so few impostors cannot show with that confidence (it says which they can, and how many would
+                do), a gallery for scores that have met one.
         """
         if self.rate is not None and not 0 < self.rate < 1:
             raise InputError(f"rate={self.rate} is not a share of false accepts; give one above 0 and below 1")
         if self.gallery is not None and (self.rate is None or self.gallery < 1):
             raise InputError("gallery needs a rate to keep and at least one reference; leave it away for the best F1")
+        if self.confidence is not None and not 0.5 <= self.confidence < 1:
+            raise InputError(
+                f"confidence={self.confidence} is none to keep a rate with; give one from 0.5 on and below 1, or None"
+            )
         if self.gallery is not None and enrolled is not None:
             raise InputError("gallery is for scores of pairs; these have met their gallery already: leave it away")
         found = curve(scores, right, enrolled=enrolled)
         if found.right[-1] == 0:
             raise InputError("no right answer has a score, so no threshold can be fitted; check labels and references")
+        strangers = _Strangers.of(scores, right, enrolled, units, self.confidence)
         self.by_gallery_: dict[int, float | None] = {}
+        self.allowed_, self.independent_ = math.nan, math.nan
         if self.rate is None:
             self.threshold_ = float(found.best_f1())
         else:
-            per_pair = self.pair_rate
-            if found.strangers * per_pair < 1 - 1e-9:
-                raise InputError(
-                    f"a false-accept rate of {per_pair:.3g} a score is not measurable on {int(found.strangers)} "
-                    f"impostors: give at least {math.ceil(1 / per_pair - 1e-9)}, or state a higher rate"
-                )
-            self.threshold_ = float(found.at_rate(per_pair))
+            self.independent_, allowed = strangers.allowed(self.pair_rate)
+            if allowed is None:
+                raise InputError(self._not_stated(strangers))
+            self.allowed_ = allowed
+            self.threshold_ = float(found.at_rate(allowed))
             if enrolled is None:
-                shares = {n: _per_pair(self.rate, n) for n in GALLERIES}
+                shares = {n: strangers.allowed(_per_pair(self.rate, n))[1] for n in GALLERIES}
                 self.by_gallery_ = {
-                    n: float(found.at_rate(share)) if found.strangers * share >= 1 - 1e-9 else None
-                    for n, share in shares.items()
+                    n: None if share is None else float(found.at_rate(share)) for n, share in shares.items()
                 }
         good, impostors = _checked(scores, right, enrolled)[1], found.strangers
         self.counts_ = {"right": int(good.sum()), "wrong": int((~good).sum()), "impostors": int(impostors)}
@@ -336,6 +368,37 @@ class OpenSetThreshold(_Bound):
             raise ValueError("a threshold of the best F1 keeps no stated rate")
         return _per_pair(self.rate, self.gallery or 1)
 
+    @property
+    def aim(self) -> str:
+        """What it was fitted for, in words."""
+        if self.rate is None:
+            return "best F1"
+        among = self.gallery or getattr(self, "gallery_size_", None)  # not there before fit
+        words = f"at most {self.rate:g} of unknown queries accepted" + (f" among {among:,} classes" if among else "")
+        return words if self.confidence is None else f"{words}, with confidence {self.confidence:g}"
+
+    def _not_stated(self, strangers: _Strangers) -> str:
+        """Why a rate cannot be stated, which can, and what it takes."""
+        rate, count = self.pair_rate, len(strangers.scores)
+        of = "" if self.gallery is None else f" a score ({self.rate:g} among {self.gallery:,})"
+        if self.confidence is None or count == 0:
+            return (
+                f"a false-accept rate of {rate:.3g}{of} is not measurable on {count:,} impostors: give at least "
+                f"{math.ceil(1 / rate - 1e-9):,}, or state a higher rate"
+            )
+        needed = math.log1p(-self.confidence) / math.log1p(-rate)
+        classes = math.ceil(strangers.classes * needed / self.independent_)
+        lowest = 1 - (1 - self.confidence) ** ((self.gallery or 1) / self.independent_)
+        lowest = math.ceil(lowest * 1000) / 1000
+        return (
+            f"a false-accept rate of {rate:.3g}{of} cannot be stated with confidence {self.confidence:g}: the "
+            f"{count:,} impostors of {strangers.classes:,} classes are worth {self.independent_:.0f} independent "
+            f"ones, and it takes {math.ceil(needed - 1e-9):,} even if none is accepted. Bring some {classes:,} such "
+            "classes"
+            + (f", state a rate of {lowest:g}" if lowest < 1 else "")
+            + ", or be content with a lower confidence"
+        )
+
     def predict(self, scores: ArrayLike) -> Bool[np.ndarray, "Q"]:
         """Whether each score is accepted: s >= threshold_.
 
@@ -358,6 +421,9 @@ class OpenSetThreshold(_Bound):
         measured = {**self.metrics_, **(metrics or {})}
         values = {
             "rate": self.rate,
+            "confidence": None if self.rate is None else self.confidence,
+            "allowed": _number(self.allowed_),
+            "independent": _number(self.independent_),
             "gallery": self.gallery,
             "gallery_size": self.gallery_size_,
             **{name[:-1]: _number(getattr(self, name)) for name in names},
@@ -384,7 +450,11 @@ class OpenSetThreshold(_Bound):
         """
         notes = cls._read(path)
         try:
-            rule = cls(rate=notes["rate"], gallery=notes["gallery"])
+            # Files of before there was a confidence have none: their rate was that of the impostors at hand.
+            rule = cls(rate=notes["rate"], gallery=notes["gallery"], confidence=notes.get("confidence"))
+            allowed = notes.get("allowed", None if rule.rate is None else rule.pair_rate)
+            rule.allowed_ = math.nan if allowed is None else float(allowed)
+            rule.independent_ = math.nan if notes.get("independent") is None else float(notes["independent"])
             for name in ("f1", "precision", "recall", "false_accept", "eer"):
                 setattr(rule, f"{name}_", math.nan if notes[name] is None else float(notes[name]))
             rule.threshold_ = float(notes["threshold"])
@@ -398,6 +468,78 @@ class OpenSetThreshold(_Bound):
         if fingerprint is not None:
             rule.check(fingerprint=fingerprint, settings=settings)
         return rule
+
+
+@dataclass(frozen=True, slots=True)
+class _Strangers:
+    """The impostors of a fit: how large a share of them may be accepted for a rate to hold.
+
+    Args:
+        scores: "I", of the impostors alone.
+        unit: "I", the class of each, from 0 to G - 1.
+        confidence: c. None: of these alone.
+    """
+
+    scores: Float[np.ndarray, "I"]
+    unit: Int[np.ndarray, "I"]
+    confidence: float | None
+
+    @classmethod
+    def of(
+        cls,
+        scores: ArrayLike,
+        right: ArrayLike,
+        enrolled: ArrayLike | None,
+        units: ArrayLike | None,
+        confidence: float | None,
+    ) -> _Strangers:
+        score, good, there = _checked(scores, right, enrolled)
+        unit = np.arange(len(score)) if units is None else np.asarray(as_numpy(units))
+        if unit.shape != score.shape:
+            raise InputError(f"units: {unit.shape} classes for {len(score)} scores; give one a score")
+        chosen = ~good if there is None else ~there
+        return cls(score[chosen], np.unique(unit[chosen], return_inverse=True)[1], confidence)
+
+    @property
+    def classes(self) -> int:
+        """G."""
+        return int(self.unit.max(initial=-1)) + 1
+
+    def allowed(self, rate: float) -> tuple[float, float | None]:
+        """n, and r'; None where not even none accepted would show the rate."""
+        from scipy.optimize import brentq
+        from scipy.stats import beta
+
+        count = len(self.scores)
+        if self.confidence is None or count == 0:
+            return float(count), rate if count * rate >= 1 - 1e-9 else None
+        n = self._independent(rate, self.confidence)
+        if n * math.log1p(-rate) > math.log1p(-self.confidence) + 1e-9:
+            return n, None
+
+        def beyond(share: float) -> float:
+            return float(beta.ppf(self.confidence, n * share + 1, n * (1 - share))) - rate
+
+        return n, 0.0 if beyond(0.0) >= 0 else float(brentq(beyond, 0.0, rate, xtol=1e-12))
+
+    def _independent(self, rate: float, confidence: float) -> float:
+        """n: the design effect is that of the best `rate` of them, tails of fewer being too few to tell it by."""
+        from scipy.stats import t
+
+        count, classes = len(self.scores), self.classes
+        if classes < 2 or classes == count:
+            return float(classes)
+        best = max(1, math.ceil(rate * count - 1e-9))
+        limit = np.partition(self.scores, count - best)[count - best]
+        accepted = (self.scores >= limit) & np.isfinite(self.scores)
+        share = accepted.mean()
+        together = np.bincount(self.unit, accepted - share)
+        variance = classes / (classes - 1) * float(together @ together) / count**2
+        if variance == 0:
+            return float(classes)
+        level = (1 + confidence) / 2
+        few = float(t.ppf(level, count - 1) / t.ppf(level, classes - 1)) ** 2  # the variance is an estimate, too
+        return float(min(count, share * (1 - share) / variance * few))
 
 
 class TemperatureScaling(_Bound):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any
 
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.encoder import Encoder
-from vicinal.types import InputError
+from vicinal.types import Estimate, InputError
 
 __all__ = ["base_model", "model_card", "of_run", "threshold_on_card"]
 
@@ -140,12 +141,11 @@ def of_run(folder: Path) -> dict[str, Any]:
 
 def threshold_on_card(rule: OpenSetThreshold) -> dict[str, Any]:
     """The threshold, how it was chosen, and what it is worth."""
-    how = "best F1" if rule.rate is None else f"at most {rule.rate:g} of unknown queries accepted"
     metrics = {name: asdict(e) for name, e in rule.metrics_.items() if name != "threshold"}
     tested = rule.about_.get("tested", {}).get("decisions")
     return {
         "score": rule.threshold_,
-        "chosen for": how,
+        "chosen for": rule.aim,
         "matcher": rule.settings_,
         "on the classes it was fitted on": metrics,
         **({"on others": tested} if tested else {}),
@@ -175,7 +175,8 @@ def _rows(content: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[t
         here = (*path, str(key))
         if isinstance(value, Mapping) and {"value", "low", "high"} <= set(value):
             n = f", n = {value['n']}" if "n" in value else ""
-            yield here, f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]{n}"
+            number, low, high = (math.nan if value[end] is None else value[end] for end in ("value", "low", "high"))
+            yield here, f"{Estimate(number, low, high, n=0, queries=0)}{n}"
         elif isinstance(value, Mapping):
             yield from _rows(value, here)
         else:

@@ -198,17 +198,24 @@ class Matcher:
     def decide_by(self, rule: OpenSetThreshold) -> Matcher:
         """The same matcher with a fitted threshold. Thresholds of single classes stay.
 
-        Warns where there are more than twice as many classes as the threshold was fitted among: unknown things are then
-        taken for known ones more often than stated.
+        Warns where unknown things will be taken for known ones more often than it was fitted for: with a stated rate
+        where there are more classes than it was stated among, else where there are more than twice as many.
 
         Raises:
             InputError: it was fitted for another model, or other settings.
         """
         rule.check(fingerprint=self.fingerprint, settings=self.settings)
-        if rule.gallery_size_ and len(self._present) > 2 * rule.gallery_size_:
+        here, there = len(self._present), rule.gallery_size_
+        if there and rule.rate is not None and here > there:
             warnings.warn(
-                f"the threshold was fitted among {rule.gallery_size_} classes, and here are {len(self._present)}: "
-                "more unknown things will be accepted than its rate says; fit it with as many",
+                f"the threshold keeps its rate of {rule.rate:g} among {there:,} classes, and here are {here:,}, among "
+                f"which it may be {1 - (1 - rule.rate) ** (here / there):.3f}: fit it with gallery={here} (--gallery)",
+                stacklevel=2,
+            )
+        elif there and here > 2 * there:
+            warnings.warn(
+                f"the threshold was fitted among {there:,} classes, and here are {here:,}: more unknown things will be "
+                "accepted than there; fit it with as many",
                 stacklevel=2,
             )
         return self.with_threshold(rule.threshold_)
