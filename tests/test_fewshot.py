@@ -212,6 +212,9 @@ def test_policies_with_validation_and_transfer(styles: Path, tmp_path: Path):
     assert {c["policy"] for c in moved["cells"] if c["method"] == "gda"} == {"transfer"}
     with pytest.raises(InputError, match="has no gda at 1 shots to transfer from; it has gda at 2 shots"):
         table(styles, tmp_path / "x", "shots=1", "methods=gda", "policy=transfer", f"transfer={tmp_path / 'full_val'}")
+    lacking = Settings.parse(["shots=[2,4]", "methods=gda", "policy=transfer", f"transfer={tmp_path / 'full_val'}"])
+    with pytest.raises(InputError, match="has no gda at 4 shots"):  # before any model is looked for
+        fewshot("timm:there-is-none", styles, lacking, tmp_path / "x", say=no_words)
     with pytest.raises(InputError, match="is not the table of a few-shot run"):
         table(styles, tmp_path / "x", "shots=1", "policy=transfer", f"transfer={tmp_path}")
 
@@ -277,6 +280,22 @@ def test_a_shift_is_asked_about_with_the_same_head(styles: Path, tmp_path: Path)
     ):
         with pytest.raises(InputError, match=says):
             Task.of(manifest, Settings.parse(words))
+
+
+def test_groups_beside_a_split(styles: Path, tmp_path: Path):
+    """The split says who is asked about; of their groups nothing is drawn, and none is both drawn and chosen on."""
+    settings = Settings.parse(["group=sender", "device=cpu"])
+    manifest = bring_source(styles, settings)[2]
+    senders, splits = manifest.column("sender"), manifest.column("split")
+    assert {s for s, part in zip(senders, splits, strict=True) if part == "test"} == set("abc")
+    with pytest.raises(InputError, match="class 'c0' is empty where support is drawn from"):
+        Task.of(manifest.where(torch.tensor([s in "abc" for s in senders])), settings)
+    task = Task.of(manifest, settings)
+    assert {senders[i] for i in task.pool.nonzero().flatten().tolist()} == {"d"}
+    assert {senders[i] for i in task.val.nonzero().flatten().tolist()} == {"e", "f"}
+    assert {splits[i] for i in task.parts["test"].nonzero().flatten().tolist()} == {"test"}
+    assert task.parts["test"].sum() == 12
+    assert task.notes == ("12 images are not drawn: their sender is asked about",)
 
 
 def test_another_data_set_is_asked_about(photos: Path, tmp_path: Path):

@@ -241,8 +241,9 @@ def test_proker(task: Task, adapted: bool, text: bool):
     asked = np.array(task.f) @ np.array(task.W).T if text else np.zeros((Q, C))
     kernel = np.exp(-beta * (1 - keys @ keys.T))
     solved = np.linalg.inv(kernel / ridge + np.eye(len(keys))) @ (np.eye(C)[task.y] - prior)
-    expected = 100 * (asked + np.exp(-beta * (1 - queries @ keys.T)) @ solved)
-    same(ProKeR(beta=beta, ridge=ridge), task, adapted, expected.tolist(), text)
+    for weight in (1.0, 3.0):
+        expected = 100 * (asked + weight * np.exp(-beta * (1 - queries @ keys.T)) @ solved)
+        same(ProKeR(beta=beta, ridge=ridge, correction=weight), task, adapted, expected.tolist(), text)
     textbook = np.linalg.inv(kernel + ridge * np.eye(len(keys))) @ (np.eye(C)[task.y] - prior)
     np.testing.assert_allclose(solved, ridge * textbook, rtol=1e-8)
 
@@ -266,10 +267,25 @@ def test_linear_probe_is_logistic_regression(task: Task):
 
 def test_linear_probe_with_text_starts_from_zero_shot(task: Task):
     plain = ZeroShot().fit(text=task.T).logits(task.Q)
-    near = LinearProbe(C=1e-9).fit(task.X, task.y, text=task.T).logits(task.Q)
-    np.testing.assert_allclose(near, plain, atol=1e-6)
+    for weight in (1.0, 0.3):
+        near = LinearProbe(C=1e-9, names=weight).fit(task.X, task.y, text=task.T).logits(task.Q)
+        np.testing.assert_allclose(near, weight * plain, atol=1e-6)
     free = LinearProbe(C=1e3).fit(task.X, task.y, text=task.T)
     assert (free.predict(task.X) == task.y).all()
+
+
+def test_linear_probe_learns_what_weighed_names_leave_over(task: Task):
+    """The gradient of the loss, taken by hand, is zero at what it found."""
+    weight, strength = 0.3, 5.0
+    head = LinearProbe(C=strength, names=weight).fit(task.X, task.y, text=task.T)
+    F, W = np.array(task.F), np.array(task.W)
+    learnt = head._learned["weight"][0] - (weight - 1) * 100 * W
+    logits = 100 * weight * F @ W.T + F @ learnt.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    slope = (p - np.eye(C)[task.y]).T @ F / len(F) + learnt / (strength * len(F))
+    assert np.abs(slope).max() < 1e-4 < np.abs(learnt).max()
+    np.testing.assert_allclose(head.logits(task.X), logits, atol=1e-6)
 
 
 def test_tip_adapter_f_before_training_is_tip_adapter(task: Task):

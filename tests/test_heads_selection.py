@@ -224,7 +224,6 @@ def test_one_shot_cannot_be_validated():
 
 def test_one_shot_weighs_names_by_how_well_they_fit():
     X, y, text = clusters(1)
-    Q, asked, _ = clusters(40, seed=1)
     poor = text + 3 * np.random.default_rng(0).normal(size=text.shape)
     base = 100 * unit(X) @ unit(poor).T
 
@@ -237,6 +236,14 @@ def test_one_shot_weighs_names_by_how_well_they_fit():
     assert head.alpha_ == pytest.approx(1 / best, rel=1e-2)
     assert (head.beta_, head.gamma_) == (5.5, 2.0)  # not a weight; given
     assert head.temperature_ == pytest.approx(1 / best, rel=1e-2)
+    assert ProKeR().fit(X, y, text=poor).correction_ == pytest.approx(1 / best, rel=1e-2)
+    assert LinearProbe().fit(X, y, text=poor).names_ == pytest.approx(best, rel=1e-2)
+    assert (ProKeR().fit(X, y).correction_, LinearProbe().fit(X, y).names_) == (1, 1)  # no names
+    assert GDA().fit(X, y).alpha_ == 0.1
+
+
+@pytest.mark.parametrize(("kind", "gain"), [(GDA, 0.1), (ProKeR, 0.03), (LinearProbe, 0.1)])
+def test_one_shot_beside_good_and_poor_names(kind: type, gain: float):
     rng = np.random.default_rng(2)
     centres, y = unit(rng.normal(size=(60, 64))), np.arange(60)
     X = unit(centres + 2 * unit(rng.normal(size=(60, 64))))
@@ -246,12 +253,12 @@ def test_one_shot_weighs_names_by_how_well_they_fit():
     for name, distance in (("good", 0.5), ("poor", 6.0)):
         text = unit(centres + distance * unit(rng.normal(size=(60, 64))))
         for policy in ("fixed", "support_cv"):
-            head = GDA(policy=policy).fit(X, y, text=text)
+            head = kind(policy=policy).fit(X, y, text=text)
             right[name, policy] = (head.predict(Q) == asked).mean()
-            assert policy != "fixed" or head.alpha_ == 0.1  # to the digit
-    assert right["poor", "support_cv"] > right["poor", "fixed"] + 0.1
+            defaults = {"alpha": 0.1} if kind is GDA else {"correction": 1.0} if kind is ProKeR else {"names": 1.0}
+            assert policy != "fixed" or head.selection_.values.items() >= defaults.items()  # to the digit
+    assert right["poor", "support_cv"] > right["poor", "fixed"] + gain
     assert right["good", "support_cv"] > right["good", "fixed"] - 0.02
-    assert GDA().fit(X, y).alpha_ == 0.1  # no names
 
 
 def test_cross_validation_is_worth_it():

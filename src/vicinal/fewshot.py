@@ -91,7 +91,8 @@ class Settings(BaseModel):
         source: the value of `shift` that support is drawn from.
         also: more data sets to ask about, with labels of the same names (ImageNet-V2, ImageNet-Sketch).
         candidates: "part" lets a part's queries be given the part's classes alone (ImageNet-A, -R), "all" every class.
-        group: a column that never straddles: whole groups are held out (photographers, shops).
+        group: a column that never straddles: whole groups are held out (photographers, shops). Where a column `split`
+            says who is asked about, rows of the same groups are not drawn, nor looked at.
         holdout: the share that is asked about where the data has no `split` column: of each class, or of the groups.
         split_seed: of that choice.
         lists: a folder of published draws, `shot_K-seed_S.json`, in the form of cross-modal adaptation's `indices`,
@@ -362,10 +363,15 @@ class Task:
         """
         labels = manifest.labels()
         none = torch.zeros(len(manifest), dtype=torch.bool)
-        official = _official(manifest) if "split" in manifest.names() and not settings.group else None
+        official = _official(manifest) if "split" in manifest.names() else None
         notes: list[str] = []
         if settings.shift is not None:
             pool, val, parts = _shifted(manifest, settings, official)
+        elif settings.group is not None and official is not None:
+            pool, val = _apart(manifest.column(settings.group), official)
+            parts = {"test": official["test"]}
+            if gone := int((official["train"] & ~pool).sum() + (official["val"] & ~val).sum()):
+                notes.append(f"{gone} images are not drawn: their {settings.group} is asked about")
         elif settings.group is not None:
             test = grouped(manifest.column(settings.group), holdout=settings.holdout, seed=settings.split_seed)
             pool, val, parts = ~test, none, {"test": test}
@@ -540,6 +546,18 @@ def _official(manifest: Manifest) -> dict[str, Bool[Tensor, "N"]]:
             "about. A data set of test rows alone is asked about by also=…, after a fit on another"
         )
     return parts
+
+
+def _apart(
+    groups: Sequence[Any], official: Mapping[str, Bool[Tensor, "N"]]
+) -> tuple[Bool[Tensor, "N"], Bool[Tensor, "N"]]:
+    """Pool and val of an official division without the groups that are asked about; val without those of the pool."""
+    of = {part: {groups[i] for i in mask.nonzero().flatten().tolist()} for part, mask in official.items()}
+    asked = torch.tensor([group is not None and group in of["test"] for group in groups])
+    pool = official["train"] & ~asked
+    drawn = {groups[i] for i in pool.nonzero().flatten().tolist()}
+    known = torch.tensor([group is not None and group in drawn for group in groups])
+    return pool, official["val"] & ~asked & ~known
 
 
 def _shifted(
@@ -828,7 +846,11 @@ def _set(head: Head, seed: int, values: Mapping[str, float]) -> Head:
 
 
 def _transferred(settings: Settings) -> dict[tuple[str, str, int], dict[str, float]]:
-    """(adapter, method, K) -> the medians over seeds of what another table chose."""
+    """(adapter, method, K) -> the medians over seeds of what another table chose.
+
+    Raises:
+        InputError: it is no such table, or lacks a method at some K.
+    """
     if settings.transfer is None:
         return {}
     path = Path(settings.transfer).expanduser() / "results.json"
@@ -841,9 +863,19 @@ def _transferred(settings: Settings) -> dict[tuple[str, str, int], dict[str, flo
         raise InputError(
             f"{path} is not the table of a few-shot run ({error}); give its folder as transfer=…"
         ) from error
-    return {
-        key: {name: float(np.median([v[name] for v in values])) for name in values[0]} for key, values in found.items()
-    }
+    there = ", ".join(sorted({f"{method} at {k} shots" for _, method, k in found})) or "nothing"
+    wanted = [(method, k) for method in settings.methods if HEADS[method].hyperparameters for k in settings.shots]
+    if missing := [(method, k) for method, k in wanted if not found.get(("", method, k))]:
+        method, k = missing[0]
+        raise InputError(f"{settings.transfer} has no {method} at {k} shots to transfer from; it has {there}")
+    try:
+        return {
+            key: {name: float(np.median([v[name] for v in values])) for name in HEADS[key[1]].hyperparameters}
+            for key, values in found.items()
+            if key[1] in HEADS
+        }
+    except KeyError as error:
+        raise InputError(f"{path} is of another version: its cells lack {error}; make that table again") from error
 
 
 def _moved(
@@ -854,13 +886,9 @@ def _moved(
     settings: Settings,
 ) -> Mapping[str, float]:
     """What a cell takes from the other table: of its adapter, else of the frozen features."""
-    if settings.policy != "transfer" or not HEADS[method].hyperparameters:
+    if settings.policy != "transfer":
         return {}
-    for space in (adapter, ""):
-        if (space, method, k) in transferred:
-            return transferred[space, method, k]
-    there = sorted({f"{m} at {shots} shots" for _, m, shots in transferred})
-    raise InputError(f"{settings.transfer} has no {method} at {k} shots to transfer from; it has {', '.join(there)}")
+    return transferred.get((adapter, method, k)) or transferred.get(("", method, k), {})
 
 
 # ----------------------------------------------------------------------------------------------------------- files

@@ -45,7 +45,8 @@ class Head(ClassifierMixin, BaseEstimator, ABC):  # type: ignore[misc]    # scik
     text_use: ClassVar[Literal["needed", "optional", "unused"]]
     adapted_use: ClassVar[Literal["yes", "without text", "no"]] = "yes"
     hyperparameters: ClassVar[tuple[str, ...]] = ()
-    linear: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[tuple[str, ...]] = ()  # of these the weights of terms
+    beside_text: ClassVar[tuple[str, ...]] = ()  # of these what weighs text, and is the default without it
 
     logit_scale: float
     policy: str

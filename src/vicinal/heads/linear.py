@@ -2,8 +2,8 @@
 
     GDA          Z + alpha (g . P mu_c + log(1/C) - mu_c . P mu_c / 2)
                  P = E ((n - 1) Sigma + tr(Sigma) I)^-1
-    ProKeR       s (f . W + k(g, G) A),    A = (K / lambda + I)^-1 (L - F . W),    k(x, y) = exp(-beta (1 - x . y))
-    LinearProbe  Z + g . U + b,            U, b = argmin mean_i CE_i + |U|^2 / (2 C n);   b = 0 with text
+    ProKeR       s (f . W + c k(g, G) A),  A = (K / lambda + I)^-1 (L - F . W),    k(x, y) = exp(-beta (1 - x . y))
+    LinearProbe  a Z + g . U + b,          U, b = argmin mean_i CE_i + |U|^2 / (2 C n);   b = 0 with text
     CLAP         s f . w_c / |w_c|,        w = argmin mean_i CE_i + (1/C) sum_c lambda_c |w_c - t_c|^2
 
 Z = s f . W is zero-shot (frozen features), 0 without text; g, G are adapted features, or the frozen ones.
@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from vicinal.heads.cache import kernels, log_softmax
 from vicinal.heads.head import Head
-from vicinal.heads.selection import Learned, Points
+from vicinal.heads.selection import Learned, Points, trust
 from vicinal.heads.support import Support
 from vicinal.types import InputError
 
@@ -97,11 +97,14 @@ class GDA(Head):
 class ProKeR(Head):
     """Kernel ridge regression on what zero-shot leaves over. Bendou et al. 2025, arXiv:2501.11175.
 
-    The correction is lambda times that of the textbook, as in the published code.
+    The published correction is lambda times that of the textbook: at one image a class a twentieth, so that names which
+    know little drown it. So it has a weight of its own here, which support_cv solves for.
 
     Args:
         beta: sharpness of the kernel; None: chosen. Without a choice, the paper's for the next number of shots.
         ridge: lambda; None: chosen. Without a choice, the paper's for the next number of shots.
+        correction: c, the weight of what is learnt; None: chosen. Without a choice, and by fewshot_val and full_val, 1,
+            as published. Without text it weighs against nothing, and is 1.
         logit_scale: s. CLIP's: 100.
         policy: how None is filled; see `vicinal.heads.selection`. Above 5,000 rows support_cv takes the paper's.
 
@@ -110,10 +113,13 @@ class ProKeR(Head):
     """
 
     text_use: ClassVar[TextUse] = "optional"
-    hyperparameters: ClassVar[tuple[str, ...]] = ("beta", "ridge")
+    hyperparameters: ClassVar[tuple[str, ...]] = ("beta", "ridge", "correction")
+    linear: ClassVar[tuple[str, ...]] = ("correction",)
+    beside_text: ClassVar[tuple[str, ...]] = ("correction",)
 
     beta_: float
     ridge_: float
+    correction_: float
 
     _MOST = 20_000
     _MOST_SEARCHED = 5_000
@@ -130,11 +136,13 @@ class ProKeR(Head):
         *,
         beta: float | None = None,
         ridge: float | None = None,
+        correction: float | None = None,
         logit_scale: float = 100.0,
         policy: str = "support_cv",
     ) -> None:
         self.beta = beta
         self.ridge = ridge
+        self.correction = correction
         self.logit_scale = logit_scale
         self.policy = policy
 
@@ -150,13 +158,13 @@ class ProKeR(Head):
         shots = float(np.median(support.images_per_class()))
         nearest = min(self._PUBLISHED, key=lambda k: abs(math.log(k / shots)))
         beta, ridge = self._PUBLISHED[nearest]
-        return {"beta": beta, "ridge": ridge}
+        return {"beta": beta, "ridge": ridge, "correction": 1.0}
 
     def _grid(self, support: Support, *, published: bool) -> dict[str, Float[np.ndarray, "n"]]:
         if not published and len(support) > self._MOST_SEARCHED:
             return {name: np.array([value]) for name, value in self._defaults(support).items()}
         if published:
-            return {"beta": np.linspace(0.5, 3, 20), "ridge": np.linspace(1e-3, 1, 10)}
+            return {"beta": np.linspace(0.5, 3, 20), "ridge": np.linspace(1e-3, 1, 10), "correction": np.ones(1)}
         return {"beta": np.array([0.5, 1.0, 2.0, 3.0]), "ridge": np.array([0.01, 0.05, 0.2, 1.0])}
 
     def _learn(self, support: Support, points: Points) -> Learned:
@@ -198,6 +206,9 @@ class LinearProbe(Head):
 
     Args:
         C: inverse strength of the penalty; None: chosen. CLIP's 0.316 is for vectors about 10 long: 31.6 for unit ones.
+        names: a, the weight of zero-shot; None: chosen. support_cv takes that at which names alone make the support
+            labels likeliest (they have seen none of its images): names that fit weigh about 1, others little. Without a
+            choice, and by fewshot_val and full_val, 1, as published.
         iterations: of L-BFGS, at most. CLIP's: 1,000.
         logit_scale: s. CLIP's: 100.
         policy: how None is filled; see `vicinal.heads.selection`.
@@ -205,40 +216,45 @@ class LinearProbe(Head):
 
     text_use: ClassVar[TextUse] = "optional"
     adapted_use: ClassVar[Literal["yes", "without text", "no"]] = "without text"
-    hyperparameters: ClassVar[tuple[str, ...]] = ("C",)
+    hyperparameters: ClassVar[tuple[str, ...]] = ("C", "names")
+    beside_text: ClassVar[tuple[str, ...]] = ("names",)
 
     C_: float
+    names_: float
 
     def __init__(
         self,
         *,
         C: float | None = None,
+        names: float | None = None,
         iterations: int = 1000,
         logit_scale: float = 100.0,
         policy: str = "support_cv",
     ) -> None:
         self.C = C
+        self.names = names
         self.iterations = iterations
         self.logit_scale = logit_scale
         self.policy = policy
 
     def _defaults(self, support: Support) -> dict[str, float]:
-        return {"C": 31.6}
+        return {"C": 31.6, "names": 1.0}
 
     def _grid(self, support: Support, *, published: bool) -> dict[str, Float[np.ndarray, "n"]]:
-        return {"C": 10.0 ** np.arange(-1, 5)}  # ascending: each start is the last solution
+        names = 1.0 if published else trust(self, support)
+        return {"C": 10.0 ** np.arange(-1, 5), "names": np.array([names])}  # C ascends: a start is the last solution
 
     def _learn(self, support: Support, points: Points) -> Learned:
         x, y = support.image.astype(np.float64), support.labels
         biased = support.text is None
         centre = x.mean(0) * biased  # under a free bias this changes the steps to the solution and not the solution
         x -= centre
-        base = self._base(support.frozen, support.text).astype(np.float64)
+        zero_shot = self._base(support.frozen, support.text).astype(np.float64)
         rows, classes = np.arange(len(y)), support.classes
         at = np.zeros(classes * (x.shape[1] + 1))
         found = np.empty((len(points), classes, x.shape[1] + 1))
 
-        def loss(flat: np.ndarray, strength: float) -> tuple[float, np.ndarray]:
+        def loss(flat: np.ndarray, strength: float, base: np.ndarray) -> tuple[float, np.ndarray]:
             weight = flat.reshape(classes, -1)
             log_p = log_softmax(base + x @ weight[:, :-1].T + weight[:, -1])
             off = np.exp(log_p)
@@ -254,8 +270,11 @@ class LinearProbe(Head):
         limits = {"maxiter": self.iterations if final else 100, "ftol": 1e-10 if final else 1e-7, "gtol": 1e-6}
         for p, point in enumerate(points):
             strength = 1 / (point["C"] * len(y))
-            at = minimize(loss, at, args=(strength,), jac=True, method="L-BFGS-B", options=limits).x
+            given = (strength, point["names"] * zero_shot)
+            at = minimize(loss, at, args=given, jac=True, method="L-BFGS-B", options=limits).x
             found[p] = at.reshape(classes, -1)
+            if support.text is not None:  # a Z = Z + (a - 1) Z, and Z is linear, too
+                found[p, :, :-1] += (point["names"] - 1) * self.logit_scale * support.text
         found[:, :, -1] -= found[:, :, :-1] @ centre
         weights = found.astype(support.image.dtype)
         return {"weight": weights[:, :, :-1], "bias": weights[:, :, -1]}

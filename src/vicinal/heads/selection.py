@@ -57,6 +57,7 @@ __all__ = [
     "choose",
     "search_accuracy",
     "transferred",
+    "trust",
 ]
 
 POLICIES = ("fixed", "support_cv", "fewshot_val", "transfer", "full_val")
@@ -81,6 +82,7 @@ class Searchable(Protocol):
     policy: str
     hyperparameters: tuple[str, ...]
     linear: tuple[str, ...]
+    beside_text: tuple[str, ...]
 
     def _defaults(self, support: Support) -> dict[str, float]: ...
     def _grid(self, support: Support, *, published: bool) -> dict[str, np.ndarray]: ...
@@ -161,6 +163,8 @@ def choose(head: Searchable, support: Support, validation: Support | None) -> Se
     asked = head.policy
     given = {name: float(value) for name in head.hyperparameters if (value := getattr(head, name)) is not None}
     defaults = head._defaults(support)
+    if support.text is None:
+        given = {name: defaults[name] for name in head.beside_text} | given
     used = Selection(asked, asked, "", {**defaults, **given}, labels=_images(support))
     free = [name for name in head.hyperparameters if name not in given]
     if asked == "transfer" and free:
@@ -298,17 +302,24 @@ def _by_likelihood(head: Searchable, support: Support, given: Mapping[str, float
 def _by_names(head: Searchable, support: Support, given: Mapping[str, float], used: Selection) -> Selection:
     """The defaults, their weights divided by a: the scale at which names alone make the support labels likeliest."""
     why = "no class has two images, so none can be held out"
-    free = [name for name in head.linear if name not in given]
-    if support.text is None or not free:
+    if support.text is None or set(head.linear) | set(head.beside_text) <= set(given):
         return _instead(used, why)
-    base = head._base(support.frozen, support.text)
-    _, (scale,) = _likelihood(base[None], support.labels, None)
-    values = {name: value / float(scale) if name in free else value for name, value in used.values.items()}
+    scale = trust(head, support)
+    weights = {name: value / scale for name, value in used.values.items() if name in head.linear}
+    names = {name: scale for name in head.beside_text if name not in head.linear}
     return replace(
         _instead(used, f"{why}; the weight of names is fitted to them, and the rest is default"),
-        values=values,
-        temperature=1 / float(scale),
+        values={**used.values, **weights, **names, **given},
+        temperature=1 / scale if weights else 1.0,
     )
+
+
+def trust(head: Searchable, support: Support) -> float:
+    """a: the scale at which the names alone, which have seen no image, make the labels of the support set likeliest."""
+    if support.text is None:
+        return 1.0
+    _, (scale,) = _likelihood(head._base(support.frozen, support.text)[None], support.labels, None)
+    return float(scale)
 
 
 def _held_out(
