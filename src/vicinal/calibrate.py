@@ -327,17 +327,15 @@ def _refuse_trained(model: Path, bench: Bench) -> None:
 
 
 def _refuse_few(aim: OpenSetThreshold, bench: Bench) -> None:
-    """As `fit` will say, but before anything is embedded: each query is a stranger once, and worth one at most."""
-    if aim.rate is None or aim.gallery is not None:
-        return
-    assert aim.confidence is not None
-    needed = math.ceil(math.log1p(-aim.confidence) / math.log1p(-aim.rate) - 1e-9)
-    if len(bench.queries) < needed:
+    """As `fit` will say, but before anything is embedded."""
+    classes = len(torch.unique(bench.queries.labels()))
+    if classes < aim.classes_needed:
+        assert aim.confidence is not None
+        lowest = math.ceil((1 - (1 - aim.confidence) ** (1 / classes)) * 1000) / 1000
         raise InputError(
-            f"a rate of {aim.rate:g} with confidence {aim.confidence:g} takes {needed:,} unknown queries, and as many "
-            f"classes where those of one go wrong together; here are {len(bench.queries):,} of "
-            f"{len(torch.unique(bench.queries.labels())):,}: bring more, state a higher rate, or be content with a "
-            "lower confidence"
+            f"a rate of {aim.rate:g} with confidence {aim.confidence:g} takes {aim.classes_needed:,} classes to fit it "
+            f"on, even if none is taken for another, and here are {classes:,}: bring more (of a run: a larger "
+            f"split.….val), state a rate of {lowest:g}, or be content with a lower confidence"
         )
 
 

@@ -21,13 +21,15 @@ within r with confidence c, it may accept at most the share r' of those at hand,
 
 (Clopper and Pearson 1934; as a limit for later draws, Wilks 1941; a bound at each threshold, walked down until it
 passes r, needs no correction for the walk: Bates et al. 2021, 2101.02703). Not all of r' fits into few: with none
-accepted the bound is 1 - (1 - c)^(1 / n), so r = .05 at c = .95 takes n = 59, r = .01 takes 299. Queries of one class
-go wrong together, so n is not |I| but what they are worth (Kish 1965; Korn and Graubard 1998): with G classes of
-impostors, a_q whether q is among the best r of them, p the mean of a, and e_u the sum of a_q - p over class u,
+accepted the bound is 1 - (1 - c)^(1 / n), so r = .05 at c = .95 takes n = 59, r = .01 takes 299. As many classes are
+asked for, since a kind of class that was never seen cannot be allowed for. Queries of one class go wrong together, so n
+is not |I| but what they are worth (Kish 1965; Korn and Graubard 1998): with G classes of impostors, a_q whether q is
+among the best r of them, p the mean of a, and e_u the sum of a_q - p over class u,
 
     V = G / (G - 1) sum_u e_u^2 / |I|^2       n = p (1 - p) / V (t_|I|-1 / t_G-1)^2  <= |I|
 
-with t the quantiles at (1 + c) / 2 of Student's distribution, of so many degrees of freedom.
+with t the quantiles at (1 + c) / 2 of Student's distribution, of so many degrees of freedom. The classes that are
+enrolled are taken as given: what they differ by in another gallery is not in the bound.
 
     temperature   argmin_T  - sum_q log softmax(z_q / T)_{y_q}                        (Guo et al. 2017, 1706.04599)
 
@@ -329,7 +331,7 @@ class OpenSetThreshold(_Bound):
             self.threshold_ = float(found.best_f1())
         else:
             self.independent_, allowed = strangers.allowed(self.pair_rate)
-            if allowed is None:
+            if allowed is None or strangers.classes < self.classes_needed:
                 raise InputError(self._not_stated(strangers))
             self.allowed_ = allowed
             self.threshold_ = float(found.at_rate(allowed))
@@ -369,6 +371,13 @@ class OpenSetThreshold(_Bound):
         return _per_pair(self.rate, self.gallery or 1)
 
     @property
+    def classes_needed(self) -> int:
+        """How many classes of impostors the rate takes at least: log(1 - c) / log(1 - r); 1 without a rate."""
+        if self.rate is None or self.confidence is None:
+            return 1
+        return math.ceil(_independent_for(self.rate, self.confidence) - 1e-9)
+
+    @property
     def aim(self) -> str:
         """What it was fitted for, in words."""
         if self.rate is None:
@@ -379,22 +388,25 @@ class OpenSetThreshold(_Bound):
 
     def _not_stated(self, strangers: _Strangers) -> str:
         """Why a rate cannot be stated, which can, and what it takes."""
-        rate, count = self.pair_rate, len(strangers.scores)
-        of = "" if self.gallery is None else f" a score ({self.rate:g} among {self.gallery:,})"
+        count, classes = len(strangers.scores), strangers.classes
         if self.confidence is None or count == 0:
+            rate = self.pair_rate
             return (
-                f"a false-accept rate of {rate:.3g}{of} is not measurable on {count:,} impostors: give at least "
+                f"a false-accept rate of {rate:.3g} a score is not measurable on {count:,} impostors: give at least "
                 f"{math.ceil(1 / rate - 1e-9):,}, or state a higher rate"
             )
-        needed = math.log1p(-self.confidence) / math.log1p(-rate)
-        classes = math.ceil(strangers.classes * needed / self.independent_)
-        lowest = 1 - (1 - self.confidence) ** ((self.gallery or 1) / self.independent_)
+        few = classes < self.classes_needed
+        needed = self.classes_needed if few else math.ceil(_independent_for(self.pair_rate, self.confidence) - 1e-9)
+        n = classes if few else self.independent_
+        lowest = 1 - (1 - self.confidence) ** ((1 if few else self.gallery or 1) / max(n, 1))
         lowest = math.ceil(lowest * 1000) / 1000
+        among = "" if self.gallery is None else f" among {self.gallery:,}"
         return (
-            f"a false-accept rate of {rate:.3g}{of} cannot be stated with confidence {self.confidence:g}: the "
-            f"{count:,} impostors of {strangers.classes:,} classes are worth {self.independent_:.0f} independent "
-            f"ones, and it takes {math.ceil(needed - 1e-9):,} even if none is accepted. Bring some {classes:,} such "
-            "classes"
+            f"a false-accept rate of {self.rate:g}{among} cannot be stated "
+            f"with confidence {self.confidence:g}: the {count:,} impostors are of {classes:,} classes, "
+            + ("" if few else f"and worth {n:,.0f} independent ones, ")
+            + f"and it takes {needed:,} even if none is accepted. Bring some "
+            f"{needed if few else math.ceil(classes * needed / n):,} such classes"
             + (f", state a rate of {lowest:g}" if lowest < 1 else "")
             + ", or be content with a lower confidence"
         )
@@ -514,7 +526,7 @@ class _Strangers:
         if self.confidence is None or count == 0:
             return float(count), rate if count * rate >= 1 - 1e-9 else None
         n = self._independent(rate, self.confidence)
-        if n * math.log1p(-rate) > math.log1p(-self.confidence) + 1e-9:
+        if n < _independent_for(rate, self.confidence) - 1e-9:
             return n, None
 
         def beyond(share: float) -> float:
@@ -680,6 +692,11 @@ def _above(threshold: Float[np.ndarray, "1"]) -> Float[np.ndarray, "1"]:
     """The next float32 above, so that float32 scores too are below it."""
     higher = np.nextafter(threshold.astype(np.float32), np.float32(np.inf))
     return np.asarray(higher.astype(np.float64))
+
+
+def _independent_for(rate: float, confidence: float) -> float:
+    """Of how many independent impostors none must be accepted, so that the bound is the rate."""
+    return math.log1p(-confidence) / math.log1p(-rate)
 
 
 def _per_pair(rate: float, gallery: int) -> float:
