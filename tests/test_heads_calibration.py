@@ -205,6 +205,28 @@ def test_a_stated_rate_holds_as_often_as_its_confidence_says(classes: int, most:
     assert share[0.95] < share[0.8] < share[None]
 
 
+def test_the_share_of_strangers_that_score_as_high():
+    rng = np.random.default_rng(5)
+    rule = strangers(rng.normal(size=250), np.arange(250))
+    fresh = rng.normal(size=4000)
+    share = rule.stranger_share(fresh)
+    assert [(share <= p).mean() for p in (0.05, 0.2, 0.5)] == pytest.approx([0.05, 0.2, 0.5], abs=0.06)
+    assert (np.diff(share[np.argsort(-fresh)]) >= 0).all()
+    assert rule.stranger_share([98.0, -np.inf]).tolist() == [1 / 251, 1.0]
+    few = strangers(np.arange(30.0), np.arange(30), rate=0.1)
+    by_hand = [(1 + (np.arange(30) >= s).sum()) / 31 for s in (29.5, 29, 12.2, 0, -1)]
+    assert few.stranger_share([29.5, 29, 12.2, 0, -1]).tolist() == pytest.approx(by_hand)
+    many = strangers(np.linspace(0, 1, 100_000), np.arange(100_000))
+    asked = rng.random(1000)
+    truth = (1 + np.ceil((1 - asked) * 99_999)) / 100_001
+    assert ((many.stranger_share(asked) / truth > 0.999) & (many.stranger_share(asked) / truth < 1.07)).mean() > 0.99
+    assert len(many.ranks_) <= 300
+    of_pairs = OpenSetThreshold(rate=0.05, gallery=10).fit(
+        np.append(np.arange(1e4), 1e5), np.arange(10_001) == 10_000, fingerprint="m"
+    )
+    assert of_pairs.stranger_share([9998.5])[0] == pytest.approx(1 - (1 - 2 / 10_001) ** 10)
+
+
 def test_equal_error_by_hand():
     found = curve([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], [True, True, False, True, False, False])
     assert float(found.equal_error()) == pytest.approx(1 / 3)
@@ -283,7 +305,12 @@ def test_a_threshold_comes_back_and_is_refused_for_others(tmp_path: Path):
         assert getattr(back, name) == getattr(rule, name)
     notes = json.loads(path.read_text())
     old = tmp_path / "old.json"  # of before there was a confidence
-    old.write_text(json.dumps({k: v for k, v in notes.items() if k not in ("confidence", "allowed", "independent")}))
+    old.write_text(
+        json.dumps({k: v for k, v in notes.items() if k not in ("confidence", "allowed", "independent", "strangers")})
+    )
+    assert np.isnan(OpenSetThreshold.load(old).stranger_share([0.5])).all()
+    back_share, share = back.stranger_share(scores), rule.stranger_share(scores)
+    np.testing.assert_array_equal(back_share, share)
     assert (OpenSetThreshold.load(old).confidence, OpenSetThreshold.load(old).allowed_) == (None, rule.pair_rate)
     assert (back.metrics_["f1"].low, math.isnan(back.metrics_["f1"].high)) == (0.4, True)
     assert OpenSetThreshold.load(back.save(tmp_path / "again.json")).metrics_["f1"].n == 3  # kept, too

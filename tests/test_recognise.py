@@ -26,6 +26,7 @@ from vicinal.bring import starting_model
 from vicinal.cli import app
 from vicinal.data.manifest import Manifest
 from vicinal.data.sources import read_folder, read_table, write_coco, write_table, write_voc
+from vicinal.embedding import embed
 from vicinal.heads.calibration import OpenSetThreshold
 from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
@@ -42,6 +43,7 @@ from vicinal.recognise import (
     sheet,
 )
 from vicinal.serving.detectors import Boxes
+from vicinal.serving.index import Index
 from vicinal.serving.matching import Matcher
 from vicinal.serving.objects import ObjectMatcher
 from vicinal.types import InputError
@@ -420,7 +422,9 @@ def test_match_refuses_what_cannot_be(data: Path, tmp_path: Path, encoder: Encod
     assert "'median' is unknown; there are max, mean" in refused("--fusion", "median")
     assert "3 thresholds for 1 models" in refused("-t", "0.1", "-t", "0.2", "-t", "0.3")
     assert "finds no boxes" in refused("--detector", str(Path(vicinal_nano())))
-    assert "not a file of a open-set threshold" in refused("-t", str(tmp_path / "nothing.json"))
+    assert "'abc' is neither a number nor a file" in refused("-t", "abc")
+    (tmp_path / "other.json").write_text("{}")
+    assert "is not a file of an open-set threshold" in refused("-t", str(tmp_path / "other.json"))
     assert "one of the two" in refused(str(data / "scenes"))
     assert "k and min_votes must be at least 1, not 0" in refused("--k", "0")
     assert "pad is 0 or more" in refused("--pad", "-1")
@@ -442,6 +446,48 @@ def test_an_object_is_not_its_own_reference(data: Path, tmp_path: Path) -> None:
     assert "1 pictures of the truth are references too" in str(asked("whole").exception)
     found = asked("others")
     assert found.exit_code == 0, found.output
+
+
+@pytest.mark.parametrize("kind", ["index", "matcher"])
+def test_an_object_that_is_its_own_reference_in_a_file_of_vectors_is_said(
+    data: Path, tmp_path: Path, encoder: Encoder, kind: str
+) -> None:
+    def asked(name: str, references: Manifest) -> str:
+        vectors, file = embed(encoder, references, device="cpu"), tmp_path / f"{name}.{kind}"
+        if kind == "index":
+            index = Index(encoder.fingerprint())
+            index.add(vectors, fingerprint=encoder.fingerprint())
+            index.save(file)
+        else:
+            Matcher(vectors, fingerprint=encoder.fingerprint()).save(file)
+        words = ["match", "--truth", str(data / "truth.csv"), "--references", str(file), "-e", "vicinal:nano"]
+        result = CliRunner().invoke(app, [*words, "--device", "cpu", "--json", str(tmp_path / "m.json")])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    own = read_table(data / "truth.csv").where(np.arange(9) == 5)  # K in the fourth picture
+    said = asked("own", own)
+    assert "1 pictures hold an object that is all but equal to a reference" not in asked("others", _larger(data))
+    assert json.loads((tmp_path / "m.json").read_text())["alike"] == []
+    assert "pictures hold an object that is all but equal to a reference" in said
+    assert "scenes/shop/3.png" in said or "scenes/shop/0.png" in said  # both show that very card
+
+
+def _larger(data: Path) -> Manifest:
+    """References that are in no scene: those of 64 pixels."""
+    rows = read_folder(data / "references")
+    return rows.where([name.endswith("1.png") for name in rows.column("image")])
+
+
+def test_a_metric_that_is_undefined_says_why(data: Path, tmp_path: Path) -> None:
+    write_table(read_table(data / "truth.csv").where(np.arange(9) < 3), tmp_path / "known.csv")  # A, K and M
+    words = ["match", "--truth", str(tmp_path / "known.csv"), "--references", str(data / "references")]
+    result = CliRunner().invoke(app, [*words, "-e", "vicinal:nano", "-t", "2"])
+    assert result.exit_code == 0, result.output
+    assert " nan" not in result.output
+    assert "precision undefined" in result.output
+    assert "precision is undefined: nothing is accepted" in result.output
+    assert "fpir is undefined: nothing asked about is unknown" in result.output
 
 
 def test_the_page_says_what_runs(

@@ -451,6 +451,31 @@ def test_answers_are_plain_json(encoder: Encoder, references: Path) -> None:
     assert json.loads(json.dumps(alone, allow_nan=False))["objects"][0]["score"] is None
 
 
+def test_the_best_classes_and_the_share_of_strangers_are_told(encoder: Encoder, references: Path) -> None:
+    image, boxes = scene("AQ")
+    rule = rule_for(encoder, fusion="max", margin=0.0)
+    matcher = ObjectMatcher(embedding_model=encoder, references=references, threshold=rule)
+    answer = matcher.detect([image], boxes=[boxes])[0]
+    assert matcher.matcher is not None
+    classes = matcher.matcher.present
+    for one in answer:
+        assert len(one.candidates) == min(5, len(classes))
+        assert [score for _, score in one.candidates] == sorted((v for _, v in one.candidates), reverse=True)
+        assert one.candidates[0] == (one.best, one.score)
+        assert one.candidates[1][0] == one.second
+        assert one.stranger_share == pytest.approx(rule.stranger_share([one.score])[0])
+    plain = answer.to_dict()["objects"][0]
+    assert plain["candidates"][0] == {"class": "A", "score": pytest.approx(answer[0].score, abs=1e-6)}
+    assert plain["stranger_share"] == pytest.approx(0.5)  # one stranger of .3 was fitted on
+    unsure = rule_for(encoder, fusion="max", margin=5.0)
+    tied = ObjectMatcher(embedding_model=encoder, references=references, threshold=unsure).detect(
+        [image], boxes=[boxes]
+    )
+    assert [one.stranger_share for one in tied[0]] == [1.0, 1.0]  # refused by the margin, as some strangers were
+    by_number = ObjectMatcher(embedding_model=encoder, references=references, threshold=0.5)
+    assert math.isnan(by_number.detect([image], boxes=[boxes])[0][0].stranger_share)
+
+
 def test_a_drawing_shows_boxes_and_names(encoder: Encoder, references: Path) -> None:
     image, boxes = scene("AQ")
     answer = ObjectMatcher(embedding_model=encoder, references=references, threshold=0.9).detect(

@@ -227,7 +227,7 @@ def calibrate(
     _refuse_few(aim, benches["fitted"])
     sides = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     found = {
-        name: _Side.of(_opened(path, str(uri), size), benches, settings, aim, seed, device, resamples, say)
+        name: _Side.of(name, _opened(path, str(uri), size), benches, settings, aim, seed, device, resamples, say)
         for name, uri in sides.items()
     }
     own = found["model"]
@@ -237,6 +237,7 @@ def calibrate(
     part = "tested" if "tested" in benches else "fitted"
     about = content[part]
     title = f"{part} on {about['classes']:,} classes, {about['enrolled_at_once']:,} enrolled at a time"
+    title += f"\nthreshold for {own.rule.aim}"
     draw({name: side.shown(part) for name, side in found.items()}, folder / "calibration.png", title=title)
     own.write_scores(folder / "scores.csv")
     for line in _lines(found, content):
@@ -359,6 +360,7 @@ class _Side:
     @classmethod
     def of(
         cls,
+        who: str,
         encoder: Encoder,
         benches: Mapping[str, Bench],
         settings: Mapping[str, Any],
@@ -372,7 +374,7 @@ class _Side:
         trials: dict[str, Trials] = {}
         pairs, enrolled, last, scores = {}, {}, None, None
         for name, bench in benches.items():
-            say(f"{name}: {len(bench.queries):,} queries, {len(bench.references):,} references of {encoder.source}")
+            say(f"{who}, {name}: {len(bench.queries):,} queries, {len(bench.references):,} references")
             given, asked = (
                 embed(encoder, side, cache=default_cache(), device=device) for side in (bench.references, bench.queries)
             )
@@ -409,7 +411,7 @@ class _Side:
                 gallery_size=aim.gallery or enrolled["fitted"],
             )
         except InputError as error:
-            raise InputError(f"{encoder.source}: {error}") from error
+            raise InputError(f"{who}: {error}") from error
         fewer = resamples if len(fitted_on) < MANY else min(resamples, 200)
         intervals = verification.calibrate(rule, fitted_on, right, units, enrolled=there, resamples=fewer)
         decisions = {
@@ -543,7 +545,8 @@ def _lines(found: Mapping[str, _Side], content: Mapping[str, Any]) -> list[str]:
             f"{found[n].rule.independent_:,.0f} independent ones"
             for n in names
         ]
-    lines += [row("", names), row("threshold", [number(content[n]["intervals"]["threshold"]) for n in names])]
+    head = [*names, "difference"] if "difference" in content else names
+    lines += [row("", head), row("threshold", [number(content[n]["intervals"]["threshold"]) for n in names])]
     for part in ("fitted", "tested"):
         if part not in content:
             continue
@@ -551,12 +554,11 @@ def _lines(found: Mapping[str, _Side], content: Mapping[str, Any]) -> list[str]:
         lines += ["", f"{part} on {about['classes']:,} classes, {about['queries']:,} queries, {about['references']:,} "
                   f"references, {about['enrolled_at_once']:,} classes enrolled at a time"]  # fmt: skip
         rows = {m: [content[n][part]["decisions"][m] for n in names] for m in DECIDED}
-        lines += [row(f"  {m}", [number(v) for v in values]) for m, values in rows.items()]
-        if "difference" in content:
-            lines[-4:] = [
-                f"{line}   {number(content['difference'][part][m])}"
-                for line, m in zip(lines[-4:], DECIDED, strict=True)
-            ]
+        change = content["difference"][part] if "difference" in content else {}
+        lines += [
+            row(f"  {m}", [number(v) for v in (*values, *([change[m]] if change else []))])
+            for m, values in rows.items()
+        ]
         lines += [
             f"  {m} is {verification.UNDEFINED[m]}"
             for m, values in rows.items()
@@ -567,10 +569,10 @@ def _lines(found: Mapping[str, _Side], content: Mapping[str, Any]) -> list[str]:
                              ("eer", "equal error rate of pairs")):  # fmt: skip
             lines.append(row(f"  {what}", [number(of[n][metric]) for n in names]))
         for t in (*ABOVE, reference):
-            mark = "  the first threshold" if t == reference else ""
-            lines.append(
-                row(f"  wrong pairs at {t:.3g} or above{mark}", [number(of[n][f"wrong_above@{t:g}"]) for n in names])
-            )
+            values = [of[n][f"wrong_above@{t:g}"] for n in names]
+            what = f"at {t:g} or above" if t != reference else f"at the first threshold, {t:.3f}"
+            if t == reference or any((v["high"] or v["value"] or 0.0) >= 0.0005 for v in values):
+                lines.append(row(f"  wrong pairs {what}", [number(v) for v in values]))
     if found["model"].by_gallery:
         many = ", ".join(
             f"{n:,}: {'too few here to state it' if t is None else f'{t:.3f}'}"

@@ -20,6 +20,7 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
 import random
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +42,7 @@ from vicinal.data.manifest import IMAGE_ENDINGS, Manifest
 from vicinal.data.sources import read_folder, read_table, read_voc
 from vicinal.evaluation.intervals import mean
 from vicinal.evaluation.scores import plain
-from vicinal.evaluation.verification import decision_differences, decisions
+from vicinal.evaluation.verification import UNDEFINED, decision_differences, decisions
 from vicinal.ground import Say
 from vicinal.models.encoder import Encoder
 from vicinal.serving.detectors import load_detector
@@ -65,12 +66,13 @@ __all__ = [
     "recognise",
 ]
 
+ALIKE = 0.9999  # a cosine from which on an object may well be the very picture of a reference
 IOU = 0.5  # from which on a box is on an object
 ON_SHEET = 24
 SHOWN = ("precision", "recall", "f1", "fpir")
 FIELDS = (
     *("image", "x0", "y0", "x1", "y1", "box_score", "kind"),
-    *("label", "score", "best", "second", "margin", "reference", "cosine"),
+    *("label", "score", "best", "second", "margin", "stranger_share", "reference", "cosine"),
 )
 
 
@@ -189,7 +191,7 @@ def read_truth(
 
 
 def _refuse_own(references: Manifest | Index | Matcher, scenes: Scenes) -> None:
-    """An object that is its own reference would find itself. An index or a matcher has no paths to tell by."""
+    """An object that is its own reference would find itself. Of an index or a matcher `ALIKE` tells, after the fact."""
     if not isinstance(references, Manifest):
         return
     boxes = references.column("box") if "box" in references.names() else [None] * len(references)
@@ -302,7 +304,8 @@ def _rows(name: str, answer: Answer) -> Iterable[dict[str, Any]]:
     for one in answer.to_dict()["objects"]:
         first = one["references"][0] if one["references"] else {"id": None, "cosine": None}
         corners = dict(zip(("x0", "y0", "x1", "y1"), one["box"], strict=True))
-        kept = {key: one[key] for key in ("box_score", "kind", "label", "score", "best", "second", "margin")}
+        told = ("box_score", "kind", "label", "score", "best", "second", "margin", "stranger_share")
+        kept = {key: one[key] for key in told}
         yield {"image": name, **corners, **kept, "reference": first["id"], "cosine": first["cosine"]}
 
 
@@ -362,6 +365,7 @@ class Judged:
         classes: the names of the units.
         pictures: how many there were.
         left_out: pictures that could not be read, with the reason; their objects are missed.
+        alike: pictures with an object that is all but equal to a reference that decided.
     """
 
     accepted: Bool[Tensor, "Q"]
@@ -373,6 +377,7 @@ class Judged:
     classes: tuple[str, ...]
     pictures: int
     left_out: tuple[tuple[str, str], ...] = ()
+    alike: tuple[str, ...] = ()
 
     @classmethod
     def together(cls, *parts: Judged) -> Judged:
@@ -393,6 +398,7 @@ class Judged:
             classes=parts[0].classes,
             pictures=parts[0].pictures,
             left_out=parts[0].left_out,
+            alike=tuple(dict.fromkeys(name for part in parts for name in part.alike)),
         )
 
 
@@ -421,9 +427,12 @@ def judge(matcher: ObjectMatcher, truth: Scenes, *, boxes: Literal["found", "giv
     place = {name: i for i, name in enumerate(classes)}
     rows: list[tuple[bool, bool, bool, int, bool]] = []
     on_nothing: list[tuple[bool, bool, bool, int, bool]] = []
+    alike: list[str] = []
     given = truth.boxes if boxes == "given" else None
     for n, answer in enumerate(matcher.stream(truth.paths, boxes=given)):
         labels = truth.labels[n]
+        if any(cosine >= ALIKE for one in answer for _, cosine in one.references):
+            alike.append(truth.names[n])
         if given is None:
             answers = _one_to_one(answer, truth.boxes[n])
         else:
@@ -450,6 +459,7 @@ def judge(matcher: ObjectMatcher, truth: Scenes, *, boxes: Literal["found", "giv
         classes=classes,
         pictures=len(truth),
         left_out=tuple(matcher.skipped),
+        alike=tuple(alike),
     )
 
 
@@ -700,6 +710,14 @@ def measure_models(
         + (f"; {len(first.left_out):,} pictures could not be read" if first.left_out else "")
     )
     results: dict[str, Any] = {"pictures": first.pictures, "objects": objects, "thresholds": limits}
+    alike = list(dict.fromkeys(name for one in judged["given"].values() for name in one.alike))
+    results["alike"] = alike
+    if alike:
+        say(
+            f"{len(alike):,} pictures hold an object that is all but equal to a reference (cosine {ALIKE} or above), "
+            f"the first {alike[0]}: if it is the same picture it finds itself, and what follows is too good; take it "
+            "out of one side"
+        )
     for way in ways:
         say("boxes given" if way == "given" else f"boxes by {settings.detector}")
         measured = {name: measure(one, seed=seed) for name, one in judged[way].items()}
@@ -710,6 +728,8 @@ def measure_models(
             at = "no threshold" if limits[name] is None else f"t = {limits[name]:.3f}"
             say(f"  {name}, {at}")
             say("    " + "   ".join(f"{key} {metrics[key]}" for key in SHOWN))
+            for key in (key for key in SHOWN if math.isnan(metrics[key].value)):
+                say(f"    {key} is {UNDEFINED[key]}")
         results[way] = {name: plain(metrics) for name, metrics in measured.items()}
         if len(measured) > 1:
             one, *_, other = judged[way].values()

@@ -61,6 +61,7 @@ from vicinal.types import Estimate, InputError, Metrics
 
 __all__ = ["Curve", "OpenSetThreshold", "TemperatureScaling", "curve"]
 
+RANKS = 300  # of impostors' scores that are kept, dense at the top
 GALLERIES = (10, 100, 1000)  # for which a threshold is recommended: one fitted with 20 fails with 500
 _B = TypeVar("_B", bound="_Bound")  # beartype cannot check Self
 
@@ -240,12 +241,12 @@ class _Bound(BaseEstimator):  # type: ignore[misc]    # scikit-learn has no type
         try:
             notes = json.loads(Path(path).read_text(encoding="utf-8"))
             if notes["kind"] != cls.kind:
-                raise InputError(f"{path} holds a {notes['kind']}, not a {cls.kind}; name another file")
+                raise InputError(f"{path} holds {_a(notes['kind'])}, not {_a(cls.kind)}; name another file")
             return dict(notes)
         except (OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path} is not a file of a {cls.kind} ({error}); write one with save") from error
+            raise InputError(f"{path} is not a file of {_a(cls.kind)} ({error!r}); write one with save") from error
 
 
 class OpenSetThreshold(_Bound):
@@ -257,8 +258,9 @@ class OpenSetThreshold(_Bound):
     impostors of other classes, drawn as those at hand were, against as many classes: see the module's text.
 
     After `fit`: `threshold_`, `f1_`, `precision_`, `recall_`, `false_accept_` at it, `eer_`, `counts_` (right, wrong,
-    impostors), `about_` (see `save`). With a rate: `allowed_`, r', and `independent_`, n. For scores of pairs
-    `by_gallery_`: N -> the threshold for a gallery of N, or None where it cannot be stated.
+    impostors), `about_` (see `save`), and what `stranger_share` looks up. With a rate: `allowed_`, r', and
+    `independent_`, n. For scores of pairs `by_gallery_`: N -> the threshold for a gallery of N, or None where it cannot
+    be stated.
 
     Args:
         rate: r, the share of impostors that may be accepted, above 0 and below 1. None: the best F1.
@@ -340,6 +342,10 @@ class OpenSetThreshold(_Bound):
                 self.by_gallery_ = {
                     n: None if share is None else float(found.at_rate(share)) for n, share in shares.items()
                 }
+        best_first = -np.sort(-strangers.scores)
+        self.strangers_ = len(best_first)
+        self.ranks_ = np.unique(np.geomspace(1, max(len(best_first), 1), RANKS).round().astype(int))[: len(best_first)]
+        self.ranked_ = best_first[self.ranks_ - 1]
         good, impostors = _checked(scores, right, enrolled)[1], found.strangers
         self.counts_ = {"right": int(good.sum()), "wrong": int((~good).sum()), "impostors": int(impostors)}
         accepted = int((found.thresholds >= self.threshold_).sum()) - 1
@@ -400,13 +406,15 @@ class OpenSetThreshold(_Bound):
         n = classes if few else self.independent_
         lowest = 1 - (1 - self.confidence) ** ((1 if few else self.gallery or 1) / max(n, 1))
         lowest = math.ceil(lowest * 1000) / 1000
+        growth = 1.0 if self.gallery is None else 0.5  # pairs grow as the square of the classes
+        bring = needed if few else math.ceil(classes * (needed / n) ** growth)
         among = "" if self.gallery is None else f" among {self.gallery:,}"
         return (
             f"a false-accept rate of {self.rate:g}{among} cannot be stated "
             f"with confidence {self.confidence:g}: the {count:,} impostors are of {classes:,} classes, "
             + ("" if few else f"and worth {n:,.0f} independent ones, ")
             + f"and it takes {needed:,} even if none is accepted. Bring some "
-            f"{needed if few else math.ceil(classes * needed / n):,} such classes"
+            f"{bring:,} such classes"
             + (f", state a rate of {lowest:g}" if lowest < 1 else "")
             + ", or be content with a lower confidence"
         )
@@ -419,6 +427,28 @@ class OpenSetThreshold(_Bound):
         """
         check_is_fitted(self)
         return np.asarray(as_numpy(scores) >= self.threshold_)
+
+    def stranger_share(self, scores: ArrayLike) -> Float[np.ndarray, "Q"]:
+        """How unusual a score is for what is unknown: the share of impostors that score as high, a score among them.
+
+        (1 + |I, s_i >= s|) / (1 + |I|), the conformal p-value (Vovk et al. 2005): of unknown queries of classes like
+        those it was fitted on, about a share p gets p or less, whatever the score's own scale. Of pairs,
+        1 - (1 - p)^N, with N of `gallery`. Near 0 is sure. Where more than some thirty are as high, it is rounded up by
+        some 6 % at most. NaN where nothing was unknown, or the file is of before this was kept.
+
+        Args:
+            scores: "Q".
+
+        >>> rule = OpenSetThreshold().fit([0.9, 0.3, 0.2, 0.1], [True, False, False, False], fingerprint="abc")
+        >>> rule.stranger_share([0.9, 0.25, 0.0]).tolist()
+        [0.25, 0.5, 1.0]
+        """
+        check_is_fitted(self)
+        if not self.strangers_:
+            return np.full(np.shape(as_numpy(scores)), np.nan)
+        above = np.searchsorted(-self.ranked_, -np.asarray(as_numpy(scores), dtype=np.float64), side="right")
+        share = np.append(self.ranks_, self.strangers_ + 1)[above] / (self.strangers_ + 1)
+        return np.asarray(share if self.gallery is None else 1 - (1 - share) ** self.gallery)
 
     def save(self, path: str | Path, *, metrics: Metrics | None = None, about: Mapping[str, Any] | None = None) -> Path:
         """Write a JSON file: threshold, model, settings and what was measured. It appears whole or not at all.
@@ -441,6 +471,11 @@ class OpenSetThreshold(_Bound):
             **{name[:-1]: _number(getattr(self, name)) for name in names},
             "by_gallery": self.by_gallery_,
             "counts": self.counts_,
+            "strangers": {
+                "count": self.strangers_,
+                "ranks": self.ranks_.tolist(),
+                "scores": [_number(float(v)) for v in self.ranked_],
+            },
             "metrics": {n: {k: _number(v) for k, v in asdict(e).items()} for n, e in measured.items()},
             "about": {**self.about_, **(about or {})},
         }
@@ -470,6 +505,9 @@ class OpenSetThreshold(_Bound):
             for name in ("f1", "precision", "recall", "false_accept", "eer"):
                 setattr(rule, f"{name}_", math.nan if notes[name] is None else float(notes[name]))
             rule.threshold_ = float(notes["threshold"])
+            known = notes.get("strangers") or {"count": 0, "ranks": [], "scores": []}  # older files have none
+            rule.strangers_, rule.ranks_ = int(known["count"]), np.array(known["ranks"], dtype=int)
+            rule.ranked_ = np.array([-np.inf if v is None else float(v) for v in known["scores"]])
             rule.gallery_size_, rule.counts_ = notes["gallery_size"], notes["counts"]
             rule.by_gallery_ = {int(n): t for n, t in notes["by_gallery"].items()}
             rule.metrics_ = {name: _estimate(values) for name, values in notes["metrics"].items()}
@@ -702,6 +740,10 @@ def _independent_for(rate: float, confidence: float) -> float:
 def _per_pair(rate: float, gallery: int) -> float:
     """1 - (1 - rate)^(1 / N), without the loss of digits."""
     return -math.expm1(math.log1p(-rate) / gallery)
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _number(value: float | int | None) -> float | int | None:

@@ -63,6 +63,8 @@ class Matches:
         references: "Q m", the rows of the references that decided, nearest first; -1 where there are fewer. All k of
             the best class, its nearest with `max`, its k nearest with `mean`.
         similarities: "Q m", their cosines, -inf where there are fewer.
+        candidates: "Q t", the t best classes, best first; -1 where fewer have the votes.
+        candidate_scores: "Q t", their scores, -inf where there are fewer.
         classes: the names of the labels.
         ids: the names of the references.
     """
@@ -75,6 +77,8 @@ class Matches:
     decisive: Bool[Tensor, "Q"]
     references: Int[Tensor, "Q m"]
     similarities: Float[Tensor, "Q m"]
+    candidates: Int[Tensor, "Q t"]
+    candidate_scores: Float[Tensor, "Q t"]
     classes: tuple[str, ...]
     ids: tuple[str, ...]
 
@@ -233,12 +237,13 @@ class Matcher:
 
     # ---- asking it
 
-    def match(self, queries: Float[Tensor, "Q D"], *, fingerprint: str) -> Matches:
+    def match(self, queries: Float[Tensor, "Q D"], *, fingerprint: str, top: int = 2) -> Matches:
         """Name each query, or not.
 
         Args:
             queries: lengths do not matter.
             fingerprint: of the model that made them.
+            top: t, how many of the best classes are told; no more than there are.
 
         Raises:
             InputError: another model, another width, a vector that is zero or not finite.
@@ -250,11 +255,15 @@ class Matcher:
         labels, seconds = (torch.full((count,), -1) for _ in range(2))
         scores, margins = (torch.empty(count) for _ in range(2))
         references, similarities = torch.empty(count, width, dtype=torch.long), torch.empty(count, width)
+        top = min(top, len(self._present))
+        candidates, candidate_scores = torch.empty(count, top, dtype=torch.long), torch.empty(count, top)
         step = max(1, CELLS // len(self._vectors))
         for start in range(0, count, step):
             part = slice(start, start + step)
             similarity = unit[part] @ self._vectors.T
             fused = self._score(similarity)
+            candidate_scores[part], places = fused.topk(top, dim=1)
+            candidates[part] = self._present[places].masked_fill(candidate_scores[part] == -torch.inf, -1)
             scores[part], best = fused.max(1)
             others = fused.scatter(1, best[:, None], -torch.inf).max(1)
             labels[part] = torch.where(scores[part] > -torch.inf, self._present[best], -1)
@@ -265,7 +274,18 @@ class Matcher:
         decisive = (labels >= 0) & (margins >= self.margin)
         known = decisive & (scores >= self._limits[labels.clamp(min=0)])
         return Matches(
-            labels, scores, seconds, margins, known, decisive, references, similarities, self.classes, self.ids
+            labels,
+            scores,
+            seconds,
+            margins,
+            known,
+            decisive,
+            references,
+            similarities,
+            candidates,
+            candidate_scores,
+            self.classes,
+            self.ids,
         )
 
     def scores(

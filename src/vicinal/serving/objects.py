@@ -56,6 +56,7 @@ __all__ = [
 Box = tuple[float, float, float, float]
 Picture = str | Path | Image.Image | Tensor  # 3 H W, of bytes: others are told in the answer
 KNOWN, UNKNOWN = (0, 122, 61), (166, 84, 0)  # colours of a drawing
+CANDIDATES = 5  # classes that are told of an object
 PAD = 0.08  # of a detector's boxes
 THRESHOLD_NAME = "threshold.json"  # what `vicinal calibrate` writes beside a model
 
@@ -74,6 +75,9 @@ class Detection:
         best: the best class, whether it is good enough or not; None where there is none.
         second: the next class, None where there is none.
         margin: how far the second class is behind.
+        stranger_share: of what was unknown where the threshold was fitted, the share that scored as high: near 0 is
+            sure, whatever the score's scale. NaN without a fitted threshold. See `OpenSetThreshold.stranger_share`.
+        candidates: the best classes and their scores, best first, whether they are good enough or not.
         references: the references that decided and their cosines, nearest first.
     """
 
@@ -85,6 +89,8 @@ class Detection:
     best: str | None = None
     second: str | None = None
     margin: float = math.nan
+    stranger_share: float = math.nan
+    candidates: tuple[tuple[str, float], ...] = ()
     references: tuple[tuple[str, float], ...] = ()
 
 
@@ -146,6 +152,8 @@ class Answer(Sequence[Detection]):
                     "best": one.best,
                     "second": one.second,
                     "margin": _finite(one.margin),
+                    "stranger_share": _finite(one.stranger_share),
+                    "candidates": [{"class": name, "score": _finite(score)} for name, score in one.candidates],
                     "references": [{"id": name, "cosine": _finite(cosine)} for name, cosine in one.references],
                 }
                 for one in self.objects
@@ -235,7 +243,7 @@ class ObjectMatcher:
         self.encoder = open_encoder(embedding_model)
         self.encoder.eval().to(self.device)
         self.fingerprint = self.encoder.fingerprint()
-        rule = _rule(threshold, embedding_model)
+        rule = self.rule = _rule(threshold, embedding_model)
         stated = {name: v for name, v in (("fusion", fusion), ("k", k), ("margin", margin)) if v is not None}
         self.matcher = self._matcher(references, rule, stated)
         if self.matcher is not None and isinstance(threshold, Real):  # numpy's numbers, too
@@ -408,14 +416,20 @@ class ObjectMatcher:
         vectors = embed_cutouts(
             self.encoder, cuts, batch_size=self.batch_size, device=self.device, precision=self.precision
         )
-        found = self.matcher.match(vectors, fingerprint=self.fingerprint)
+        found = self.matcher.match(vectors, fingerprint=self.fingerprint, top=CANDIDATES)
         classes = (*found.classes, None)  # -1: none
+        shares = torch.full((len(vectors),), torch.nan)
+        if self.rule is not None:  # fitted on scores that are none where margin or votes refuse them
+            shares = torch.from_numpy(self.rule.stranger_share(found.scores.where(found.decisive, -torch.inf)))
         columns = zip(
             found.names(),
             found.scores.tolist(),
             found.labels.tolist(),
             found.seconds.tolist(),
             found.margins.tolist(),
+            shares.tolist(),
+            found.candidates.tolist(),
+            found.candidate_scores.tolist(),
             found.deciding(),
             found.similarities.tolist(),
             strict=True,
@@ -430,9 +444,11 @@ class ObjectMatcher:
                 classes[best],
                 classes[second],
                 margin,
+                share,
+                tuple((found.classes[c], v) for c, v in zip(candidates, values, strict=True) if c >= 0),
                 tuple(zip(references, cosines, strict=False)),
             )
-            for one, (label, score, best, second, margin, references, cosines) in zip(
+            for one, (label, score, best, second, margin, share, candidates, values, references, cosines) in zip(
                 chain.from_iterable(plain), columns, strict=True
             )
         ]
@@ -491,7 +507,12 @@ def _rule(threshold: object, model: str | Path | Encoder) -> OpenSetThreshold | 
     if isinstance(threshold, OpenSetThreshold):
         return threshold
     if isinstance(threshold, str | Path):
-        return OpenSetThreshold.load(Path(threshold).expanduser())
+        file = Path(threshold).expanduser()
+        if not file.exists():
+            raise InputError(
+                f"the threshold {str(threshold)!r} is neither a number nor a file; `vicinal calibrate` writes one"
+            )
+        return OpenSetThreshold.load(file)
     if threshold is None and isinstance(model, str | Path):
         beside = Path(model).expanduser() / THRESHOLD_NAME
         return OpenSetThreshold.load(beside) if beside.is_file() else None
