@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pictures import write_folder
 from vicinal.data.manifest import Manifest
@@ -155,6 +156,25 @@ def test_a_probe_that_is_trained_on_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="of its pictures are trained on"):
         run(same, tmp_path / "run", say=lambda _: None)
+
+
+def test_a_picture_of_the_probe_that_is_trained_on_under_another_name_is_refused(tmp_path: Path) -> None:
+    photos, others = write_folder(tmp_path / "photos", classes=6), write_folder(tmp_path / "others", classes=6)
+    for number, picture in enumerate(sorted(others.rglob("*.png"))):
+        Image.open(picture).rotate(90 + number).save(picture)  # drawn alike: now no more
+    for copied in photos.rglob("2.png"):
+        Image.open(copied).save(others / "cross-03" / f"{copied.parent.name}.bmp")  # other bytes, the same pixels
+    told: list[str] = []
+    settings = recipe(
+        data={"folder": str(photos)},
+        loss={"arcface": {}},
+        split={"class_disjoint": {"holdout": 0.5, "val": 0}},
+        probe={"data": {"folder": str(others)}},
+    )
+    with pytest.raises(InputError, match=r"3 pictures of the probe are trained on \(first: .*\.(png|bmp), as .*; take"):
+        run(settings, tmp_path / "run", say=told.append)
+    assert "baseline, probe: embedding 42 images" in told
+    assert not any(line.startswith("training") for line in told)
 
 
 @pytest.mark.parametrize(

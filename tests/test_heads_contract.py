@@ -67,13 +67,13 @@ def fitted(name: str, task: Task, *, adapted: bool = False) -> Head:
 
 
 def test_the_table_is_whole():
-    assert len(HEADS) == 10
+    assert len(HEADS) == 11
     assert {head.text_use for head in HEADS.values()} == {"needed", "optional", "unused"}
     for head in HEADS.values():
         assert set(head.linear) <= set(head.hyperparameters) <= set(head().get_params())
 
 
-# ZeroShot and CLAP cannot be fitted without text, which these checks do not have. APE would keep one channel of two.
+# What needs text cannot be fitted by these checks, which have none. APE would keep one channel of two.
 IMAGE_HEADS = [
     NearestPrototype(),
     TipAdapter(),

@@ -16,11 +16,13 @@ from vicinal.heads import (
     GDA,
     Head,
     LinearProbe,
+    LPPlusPlus,
     NearestPrototype,
     ProKeR,
     TipAdapter,
     TipAdapterF,
     TipX,
+    Validation,
     ZeroShot,
 )
 from vicinal.heads.cache import class_sums, kernels
@@ -338,6 +340,53 @@ def test_a_seed_settles_training(kind: type):
     torch.manual_seed(2)
     assert np.array_equal(logits(0), one)
     assert not np.array_equal(logits(1), one)
+
+
+@both
+@pytest.mark.parametrize("epochs", [0, 9, 23])
+def test_lp_plus_plus_by_hand(task: Task, adapted: bool, epochs: int):
+    """The same descent by torch's autograd and its SGD."""
+    keys, queries = (torch.tensor(rows, dtype=torch.float64) for rows in task.spaces(adapted))
+    F, W, f = (torch.tensor(rows, dtype=torch.float64) for rows in (task.F, task.W, task.f))
+    y = torch.from_numpy(task.y)
+    V = torch.stack([keys[y == c].sum(0) for c in range(C)]).requires_grad_()
+    b = torch.zeros(C, dtype=torch.float64, requires_grad=True)
+    own = torch.stack([F[i] @ W[c] for i, c in enumerate(y)])
+    alpha = (250 * own.mean()).expand(C).clone().requires_grad_()
+    rate = 4 * len(keys) / torch.linalg.matrix_norm(keys, 2).item() ** 2
+    of_alpha = len(keys) / (4 * max(sum((F[i] @ W[c]).item() ** 2 for i in range(len(F))) for c in range(C)))
+    optimizer = torch.optim.SGD([{"params": [V], "lr": rate}, {"params": [b], "lr": 4.0}], momentum=0.9)
+    for epoch in range(1, epochs + 1):
+        optimizer.zero_grad()
+        alpha.grad = None
+        torch.nn.functional.cross_entropy(keys @ V.T + b + alpha * (F @ W.T), y).backward()
+        optimizer.step()
+        if epoch % 10 == 0:
+            alpha.data -= of_alpha * alpha.grad
+    expected = (queries @ V.T + b + alpha * (f @ W.T)).detach()
+    same(LPPlusPlus(epochs=epochs), task, adapted, expected.tolist(), True)
+
+
+def test_lp_plus_plus_does_not_diverge_on_spread_features():
+    """At the rate of V, as published, the bias swings ever wider here."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(np.arange(20), 8)
+    X, text = rng.normal(size=(160, 200)), rng.normal(size=(20, 200))
+    logits = [LPPlusPlus(epochs=epochs).fit(X, y, text=text).logits(X) for epochs in (0, 100, 300)]
+    losses = [torch.nn.functional.cross_entropy(torch.from_numpy(z), torch.from_numpy(y)).item() for z in logits]
+    assert losses[0] > losses[1] > losses[2]
+    assert np.abs(LPPlusPlus(epochs=300).fit(X, y, text=text)._learned["bias"]).max() < 5
+
+
+def test_lp_plus_plus_keeps_the_epoch_that_validates_best():
+    X, y, text = (np.array(v) for v in (Task("even").X, Task("even").y, Task("even").T))
+    rng = np.random.default_rng(3)
+    held = Validation(X + 0.8 * rng.normal(size=X.shape), y)
+    head = LPPlusPlus(policy="full_val").fit(X, y, text=text, validation=held)
+    right = {e: (LPPlusPlus(epochs=e).fit(X, y, text=text).predict(held.X) == y).sum() for e in range(0, 301, 10)}
+    best = max(right.values())
+    assert head.epochs_ == max(e for e, n in right.items() if n == best)
+    assert head.selection_.accuracy == best / len(y)
 
 
 def test_clap_by_hand():

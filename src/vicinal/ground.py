@@ -114,11 +114,17 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
         division = replace(division, notes=(*division.notes, unseen, classes))
     reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
     probe = _probe(recipe, original, manifest.where(division.train))
+    if probe is not None:
+        vectors = embed_shared(original, probe.manifest, recipe, "baseline, probe", say, processes)
+        probe = replace(probe, manifest=_readable(probe.manifest, vectors)[0])
+        own = manifest.where(division.train), untuned.where(division.train)
+        _refuse_trained_on("the probe", probe.manifest, vectors, *own)
     trained = division.train | division.val
     for name, other in elsewhere.items():
         vectors = embed_shared(original, other, recipe, f"baseline, {name}", say, processes)
         elsewhere[name], _ = _readable(other, vectors)
-        _refuse_trained_on(name, elsewhere[name], vectors, manifest.where(trained), untuned.where(trained))
+        own = manifest.where(trained), untuned.where(trained)
+        _refuse_trained_on(f"elsewhere.{name}", elsewhere[name], vectors, *own)
     return Ground(manifest, skipped, division, original, untuned, reads, probe, elsewhere)
 
 
@@ -187,8 +193,8 @@ def _refuse_trained_on(name: str, other: Manifest, vectors: Embeddings, trained:
     first = torch.arange(len(both)) < int(asked.sum())
     if same := leaks(both, {"train": first, "test": ~first}):
         raise InputError(
-            f"{len(same)} pictures of elsewhere.{name} are trained on (first: {same[0].file}, as {same[0].other}); "
-            "take them out of one side"
+            f"{len(same)} pictures of {name} are trained on (first: {same[0].file}, as {same[0].other}); take them out "
+            "of one side"
         )
 
 

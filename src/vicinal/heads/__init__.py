@@ -8,7 +8,7 @@ from pathlib import Path
 from vicinal.heads.cache import APE, TipAdapter, TipAdapterF, TipX
 from vicinal.heads.calibration import Curve, OpenSetThreshold, TemperatureScaling, curve
 from vicinal.heads.head import Head
-from vicinal.heads.linear import CLAP, GDA, LinearProbe, ProKeR
+from vicinal.heads.linear import CLAP, GDA, LinearProbe, LPPlusPlus, ProKeR
 from vicinal.heads.prototypes import NearestPrototype, ZeroShot
 from vicinal.heads.selection import POLICIES, Selection, transferred
 from vicinal.heads.support import Text, Validation, check_support
@@ -23,6 +23,7 @@ __all__ = [
     "POLICIES",
     "Curve",
     "Head",
+    "LPPlusPlus",
     "LinearProbe",
     "NearestPrototype",
     "OpenSetThreshold",
@@ -52,6 +53,7 @@ HEADS: dict[str, type[Head]] = {
     "gda": GDA,
     "proker": ProKeR,
     "linear_probe": LinearProbe,
+    "lp_plus_plus": LPPlusPlus,
     "clap": CLAP,
 }
 """Heads by name. `text_use` and `adapted_use` of each say what it takes."""
