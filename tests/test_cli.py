@@ -6,10 +6,12 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pictures import write_csv, write_folder
 from vicinal import cli
@@ -187,3 +189,35 @@ def test_an_index_is_made_asked_and_changed(
     assert vicinal(monkeypatch, "search", shelf) == 2
     assert "one of them" in capsys.readouterr().err
     assert vicinal(monkeypatch, "search", shelf, picture, "--model", "timm:no_such_model") == 2
+
+
+def test_our_own_warnings_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["vicinal", "schema", "--help"])
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back after the test
+    with pytest.raises(SystemExit):
+        cli.main()
+    own = Path(cli.__file__).parent / "serving" / "matching.py"
+    assert warnings.formatwarning("among 40", UserWarning, str(own), 7) == "vicinal: among 40\n"
+    assert "other.py:7: UserWarning: x" in warnings.formatwarning("x", UserWarning, "/site/other.py", 7)
+
+
+def test_what_is_not_there_is_said(
+    photos_index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vicinal(monkeypatch, "search", photos_index, "nothing.jpg", "also-nothing.png") == 2
+    assert "nothing.jpg: there is no such picture, and 1 more are missing" in capsys.readouterr().err
+    assert vicinal(monkeypatch, "index", "--out", photos_index, "--remove", "cros-03/0.png") == 2
+    assert "is not in the index of 4 items; its names are like cross-03/0.png" in capsys.readouterr().err
+
+
+@pytest.fixture
+def photos_index(tmp_path: Path) -> Path:
+    from vicinal.models.backbones import load_encoder
+    from vicinal.types import Embeddings
+
+    encoder = load_encoder("vicinal:nano")
+    ids = ("cross-03/0.png", "cross-03/1.png", "ellipse-00/0.png", "ellipse-00/1.png")
+    vectors = Embeddings(torch.eye(4, encoder.embedding_dim), torch.tensor([0, 0, 1, 1]), ids, ("cross", "ellipse"))
+    index = Index(encoder.fingerprint(), about={"model": "vicinal:nano", "size": None})
+    index.add(vectors, fingerprint=encoder.fingerprint())
+    return index.save(tmp_path / "photos.index")

@@ -126,9 +126,10 @@ def bring_pictures(
         return read_folder(here[0], labels=False)
     if len(here) == 1 and (here[0].is_dir() or here[0].suffix.lower() not in IMAGE_ENDINGS):
         return bring_path(here[0], columns, check_files=check_files)[1]
-    files = Manifest.build({"image": [path.absolute().as_posix() for path in here]}, Path.cwd(), name="the pictures")
-    files.refuse_missing("the pictures")
-    return files
+    if missing := [path for path in here if not path.is_file()]:
+        more = f", and {len(missing) - 1:,} more are missing" if len(missing) > 1 else ""
+        raise InputError(f"{missing[0]}: there is no such picture{more}")
+    return Manifest.build({"image": [path.absolute().as_posix() for path in here]}, Path.cwd(), name="the pictures")
 
 
 def holds_voc(folder: Path) -> bool:

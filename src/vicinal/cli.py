@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+_with_place = warnings.formatwarning  # Python's own
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="`key=value`: overrides of the recipe, and `out=FOLDER`.")]
 Source = Annotated[Path, typer.Argument(help="A folder of class folders, a table, COCO JSON, VOC, or shards.")]
 Model = Annotated[
@@ -39,6 +42,7 @@ def main() -> None:
     """Run the command line; what the user gave wrong ends in one clear line, not in a trace."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("vicinal").setLevel(logging.INFO)  # the licence of a model, before it is downloaded
+    warnings.formatwarning = _told
     code: int | str | None
     try:
         code = app()
@@ -208,7 +212,7 @@ def calibrate(
     gallery: Annotated[int | None, typer.Option(help="Of the rate: how many classes will be enrolled.")] = None,
     fusion: Annotated[str, typer.Option(help="max, mean, topk or multi-ref.")] = "topk",
     top: Annotated[
-        int, typer.Option("-k", help="How many of a class's nearest references topk and multi-ref look at.")
+        int, typer.Option("-k", min=1, help="How many of a class's nearest references topk and multi-ref look at.")
     ] = 3,
     margin: Annotated[float, typer.Option(help="How far the second class must be behind.")] = 0.02,
     references: Annotated[int, typer.Option(help="The most a class, where they are drawn.")] = 5,
@@ -496,6 +500,13 @@ def schema(out: Annotated[Path | None, typer.Option(help="A file; else it is pri
         out.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
+
+
+def _told(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings as a line to read; those of others with the place in the code that they are about."""
+    if filename.startswith(str(Path(__file__).parent)):
+        return f"vicinal: {message}\n"
+    return _with_place(message, category, filename, lineno, line)
 
 
 def _pairs(words: list[str] | None) -> dict[str, str]:

@@ -637,6 +637,8 @@ def match_pictures(
     [(_, matcher)] = settings.matchers(opened, models)
     if matcher.matcher is not None and matcher.matcher.threshold is None:
         say("no threshold is given, so every box gets its nearest class: fit one with `vicinal calibrate`")
+    if matcher.tiled and _given(matcher, scenes) is None:
+        say("no detector is named, so tiles of each picture are looked at, and what is unknown is not told")
     counts = recognise(matcher, scenes, out, pictures=pictures)
     say(
         f"{out}: {counts['pictures']:,} pictures, {counts['objects']:,} objects: {counts['known']:,} known, "

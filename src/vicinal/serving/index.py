@@ -19,6 +19,7 @@ Letters: N items, D numbers an embedding, Q queries, q queries of one block, k n
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -175,7 +176,11 @@ class Index:
         """
         rows = self._rows()
         if name not in rows:
-            raise InputError(f"{name} is not in the index of {len(self):,} items; names are those of `ids`")
+            near = difflib.get_close_matches(name, self.ids, 1, 0.0) if len(self) <= 10_000 else self.ids[:1]
+            raise InputError(
+                f"{name} is not in the index of {len(self):,} items"
+                + (f"; its names are like {near[0]}" if near else "")
+            )
         return rows[name]
 
     def class_of(self, name: str) -> str | None:
