@@ -27,6 +27,7 @@ from vicinal.models.backbones import load_encoder
 from vicinal.models.encoder import Encoder
 from vicinal.serving import export as exports
 from vicinal.serving import parity
+from vicinal.serving.card import _section
 from vicinal.serving.export import MARK, export, push_to_hub
 from vicinal.serving.layouts import clip_to_open_clip
 from vicinal.serving.objects import ObjectMatcher, open_encoder
@@ -517,3 +518,10 @@ def test_a_run_is_exported_with_its_data_results_and_threshold(
         assert line in card
     (home / "results.json").write_text("{")
     assert vicinal(monkeypatch, *words) == 2
+
+
+def test_a_card_says_what_is_undefined() -> None:
+    undefined = {"value": None, "low": None, "high": None, "n": 3, "queries": 9}
+    alone = {"value": 0.5, "low": None, "high": None, "n": 1, "queries": 9}
+    lines = _section({"precision": undefined, "recall": alone})
+    assert lines[2:] == ["| precision | undefined, n = 3 |", "| recall | 0.500 [no interval], n = 1 |"]

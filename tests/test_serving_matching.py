@@ -236,6 +236,15 @@ def test_trials_fit_a_threshold_that_this_matcher_takes_and_no_other(tmp_path: P
     rule.gallery_size_ = 3
     with pytest.warns(UserWarning, match="among 3 classes, and here are 8"):
         matcher.decide_by(rule)
+    rule.gallery_size_ = 6
+    matcher.decide_by(rule)  # of the best F1, fewer than twice as many: no warning
+    rule.rate = 0.05
+    with pytest.warns(
+        UserWarning, match=r"its rate of 0.05 among 6 classes, and here are 8, among which it may be 0.066"
+    ):
+        matcher.decide_by(rule)
+    rule.gallery_size_ = 8
+    matcher.decide_by(rule)
 
 
 def test_what_the_margin_refuses_no_threshold_accepts():
