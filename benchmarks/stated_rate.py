@@ -135,7 +135,7 @@ def main() -> None:
         found = vectors(encoder, Bench.drawn(manifest, 2, 42))
         classes = shown(found)
         found = of_classes(found, classes)
-        for many, rate in ((60, 0.1), (100, 0.05), (300, 0.05), (400, 0.02)):
+        for many, rate in ((60, 0.1), (60, 0.05), (100, 0.05), (300, 0.05), (400, 0.02)):
             rates = true_rates(found, many // 2)
             rng = np.random.default_rng(0)
             limits = [
