@@ -20,6 +20,7 @@ from vicinal.evaluation.scores import load_scores
 from vicinal.models.backbones import load_encoder
 from vicinal.recipe import Recipe
 from vicinal.run import evaluate, remake_report, run
+from vicinal.training.semantic_proxies import PromptTable
 from vicinal.types import InputError
 
 MODEL = "timm:test_vit"
@@ -181,6 +182,71 @@ def test_semantic_proxies_run(photos: Path, tmp_path: Path, on_disk: bool) -> No
     too_small = recipe(data={"folder": str(photos)}, loss={"semantic_proxies": {"max_bytes": 10}}, adapt=adapters)
     with pytest.raises(InputError, match="max_bytes"):
         run(too_small, tmp_path / "refused", say=lambda _: None)
+
+
+FEW = {"pk": {"classes": 99, "images_per_class": 2}}
+FEW_HARD = {"hard_class": {"classes": 99, "images_per_class": 2}}
+SEMANTIC = {"semantic_proxies": {"prompts": {"tokens": 2, "depth": "deep"}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": FEW}, r"sampler\.pk\.classes=99, but there are only \d classes .*set sampler\.pk\.classes=\d"),
+        ({"sampler": FEW_HARD}, r"sampler\.hard_class\.classes=99, but there are only \d classes"),
+        ({"sampler": {"no_duplicate": {"batch_size": 8, "by": ["group"]}}}, "no column group"),
+        ({"sampler": {"no_duplicate": {"batch_size": 30, "by": ["label"]}}}, r"no_duplicate\.batch_size="),
+        ({"adapt": [{"lora": {"first_block": 99}}]}, "first_block"),
+        ({"adapt": [{"visual_prompt": {"tokens": 2, "depth": 99}}]}, "blocks"),
+        ({"adapt": [{"last_blocks": {"n": 99}}]}, r"last_blocks\.n is 99, but"),
+        ({"adapt": [{"linear_head": {"dim": 8}}], "retention": 1.0}, "leave out retention"),
+        ({"loss": {"semantic_proxies": {"prompts": {"tokens": 2, "depth": 99}}}}, "lower depth"),
+        ({"loss": {"semantic_proxies": {"max_bytes": 10}}}, "classes, .* above max_bytes"),
+        ({"loss": {"dino": {"small_crops": 2, "small_size": 33}}}, r"small_size"),
+        ({"trackers": ["mlflow"]}, "mlflow is not installed"),
+        ({"probe": {"data": {"folder": "."}, "templates": ["{}"]}}, "reads no texts"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_first_image_is_embedded(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    def embedded(*_: object, **__: object) -> None:
+        raise AssertionError("an image was embedded first")
+
+    monkeypatch.setattr("vicinal.ground.embed", embedded)
+    monkeypatch.setattr("vicinal.assembly.embed", embedded)
+    if "trackers" in changes:
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(InputError, match=message):
+        run(recipe(data={"folder": str(photos)}, **changes), tmp_path / "run", say=lambda _: None)
+
+
+def test_a_table_on_the_disk_tells_its_size_and_needs_room_for_its_copies(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    loss = {"semantic_proxies": {**SEMANTIC["semantic_proxies"], "on_disk": True}}
+    settings = recipe(data={"folder": str(photos)}, loss=loss, keep=3, checkpoint_every=1)
+    told: list[str] = []
+    out = run(settings, tmp_path / "run", say=told.append)
+    files = sorted((out / "class_prompts").iterdir())
+    assert len(files) == 3, "the table and two copies, whatever keep says"
+    size = files[0].stat().st_size
+    line = next(words for words in told if words.startswith("class prompts: "))
+    assert line.startswith(f"class prompts: {size / 1e9:.3g} GB in {out / 'class_prompts'}, with their copies")
+    assert f"up to {3 * size / 1e9:.3g} GB;" in line
+    assert told.index(line) < next(i for i, words in enumerate(told) if words.startswith("baseline"))
+
+    usage, size = shutil.disk_usage(tmp_path), 4 * 10 * (3 * 8 * 64 + 1)
+    for seeds, free, refused in ((1, 3 * size, False), (1, 3 * size - 1, True), (2, 6 * size - 1, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage._replace(free=free))
+        folders = [tmp_path / "new" / str(seed) for seed in range(seeds)]
+        if refused:
+            with pytest.raises(InputError, match=r"with 2 copies for checkpoints .* GB in all, and .* has room for"):
+                PromptTable.check(10, 8, 64, max_bytes=2**31, on_disk=True, folders=folders)
+        else:
+            assert PromptTable.check(10, 8, 64, max_bytes=2**31, on_disk=True, folders=folders) == size
 
 
 def test_an_unreadable_image_stops_before_training_or_is_skipped(tmp_path: Path) -> None:

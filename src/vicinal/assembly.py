@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from vicinal.data.division import Division
 from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, ShuffleSampler
 from vicinal.data.stream import BUFFER, StreamPlan
@@ -32,19 +34,18 @@ from vicinal.losses import (
 from vicinal.losses.contrastive import fit_scale_and_bias
 from vicinal.losses.margin import start_from_class_means
 from vicinal.losses.pair import Pair
-from vicinal.models.adapters import (
-    VisualPrompt,
-    locked_towers,
-)
+from vicinal.models.adapters import VisualPrompt, adapt, adapters_from_config, check_adapted, locked_towers
 from vicinal.models.encoder import Encoder
 from vicinal.models.modules import DINOHead
 from vicinal.recipe import PK, HardClass, NoDuplicate, Recipe, Sampler, Shards
+from vicinal.training.devices import check_trackers
 from vicinal.training.distillation import SelfDistillation
+from vicinal.training.grad_cache import check_parts
 from vicinal.training.image_text import ImageTextObjective, kin_of
 from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, clip_each, parameter_groups
-from vicinal.training.semantic_proxies import ACCUMULATORS, RowAdam, SemanticProxies
+from vicinal.training.semantic_proxies import ACCUMULATORS, COPIES, PromptTable, RowAdam, SemanticProxies
 from vicinal.types import Embeddings, InputError
 
 __all__ = [
@@ -55,41 +56,106 @@ __all__ = [
     "nested",
     "objective_of",
     "optimizer_of",
+    "rehearse",
     "sampler_of",
     "small_classes",
     "steps_of",
     "trained_aside",
+    "trained_rows",
     "transform_of",
 ]
 
+CLASS_PROMPTS = "class_prompts"  # in the run folder: the table of semantic proxies, where it lies on the disk
+Objective = LabelObjective | ImageTextObjective | SemanticProxies | SelfDistillation
 Batches = StreamPlan | ShuffleSampler | NoDuplicateSampler | PKSampler | HardClassSampler
+
+
+def trained_rows(manifest: Manifest, division: Division, recipe: Recipe) -> Manifest:
+    """The rows that are trained on, as the loss and the sampler are to see them."""
+    train = manifest.where(division.train).compact()
+    if recipe.captions.trained == "first":
+        train = train.with_first_captions()
+    if "group" in train.names() and not nested(train):
+        train = replace(train, table=train.table.drop_columns(["group"]))
+    return train
+
+
+def rehearse(original: Encoder, train: Manifest, recipe: Recipe, folders: Sequence[Path], processes: int) -> list[str]:
+    """Make every part once, as far as that needs no image: what is wrong is said before the first is embedded.
+
+    Nothing is kept, and no random number is used up.
+
+    Args:
+        original: the model.
+        train: the rows that are trained on, as far as that is known yet.
+        recipe: what to do.
+        folders: those of the trainings to come.
+        processes: that share a batch.
+
+    Returns:
+        What the user should know before it begins, a line each.
+
+    Raises:
+        InputError: a part cannot be made of this model, with this data, in this place.
+    """
+    told: list[str] = []
+    check_trackers(recipe.trackers, folders[0])
+    with torch.random.fork_rng(devices=[]):
+        encoder = adapt(original, *adapters_from_config(adapters_of(recipe)))
+        transform_of(encoder, recipe)
+        sampler = sampler_of(train, None, recipe)
+        if (size := sampler.batch_size) % processes:
+            raise InputError(f"a batch of {size} cannot be shared evenly by {processes} processes: change sampler")
+        noise = torch.randn(2, 3, *encoder.preprocess.size, generator=torch.Generator().manual_seed(0))
+        check_adapted(encoder, noise)
+        objective: Objective
+        if recipe.loss.chosen[0] == "semantic_proxies":
+            if processes > 1:
+                raise InputError("semantic proxies are trained by one process; start one, or take proxy_anchor")
+            objective = proxies = _semantic(encoder, 1, None, recipe)  # the table of all classes may not fit
+            told += _room(proxies.table, len(train.classes), recipe, [folder / CLASS_PROMPTS for folder in folders])
+        else:
+            objective = objective_of(encoder, original, train, None, sampler, recipe, folders[0])
+        optimizer_of(objective, recipe)
+        if recipe.micro_batch is not None:
+            check_parts(objective.train())
+    return told
+
+
+def _room(table: PromptTable, classes: int, recipe: Recipe, folders: Sequence[Path]) -> list[str]:
+    settings = recipe.loss.chosen[1]
+    folders = folders if settings.on_disk else []
+    size = PromptTable.check(
+        classes, *table.shape, max_bytes=settings.max_bytes, on_disk=settings.on_disk, folders=folders
+    )
+    if not folders:
+        return []
+    several = " a seed" if len(folders) > 1 else ""
+    return [
+        f"class prompts: {size / 1e9:.3g} GB in {folders[0]}, with their copies for checkpoints up to "
+        f"{(1 + COPIES) * size / 1e9:.3g} GB{several}; resume=last needs them, nothing else"
+    ]
 
 
 def objective_of(
     encoder: Encoder,
     original: Encoder,
     train: Manifest,
-    untuned: Embeddings,
+    untuned: Embeddings | None,
     sampler: Batches,
     recipe: Recipe,
     out: Path,
-) -> LabelObjective | ImageTextObjective | SemanticProxies | SelfDistillation:
-    """The encoder with the recipe's loss, which starts from class means, a learnt scale, or nothing, as it says."""
+) -> Objective:
+    """The encoder with the recipe's loss, which starts from class means, a learnt scale, or nothing, as it says.
+
+    Without `untuned`, the vectors of the images by the model as it is, it starts from nothing.
+    """
     name, settings = recipe.loss.chosen
     if name == "dino":
         return _distillation(encoder, steps_of(recipe, sampler), recipe)
     if name == "semantic_proxies":
-        kind, of_it = settings.accumulator.chosen
-        given = of_it.model_dump() | ({"dim": encoder.embedding_dim} if kind == "gru" else {})
-        objective = SemanticProxies(
-            encoder,
-            len(train.classes),
-            VisualPrompt(**settings.prompts.model_dump()),
-            ACCUMULATORS[kind](**given),
-            folder=out / "class_prompts" if settings.on_disk else None,
-            **settings.model_dump(include={"share", "margin", "alpha", "max_bytes"}),
-        )
-        if recipe.class_means:
+        objective = _semantic(encoder, len(train.classes), out / CLASS_PROMPTS if settings.on_disk else None, recipe)
+        if recipe.class_means and untuned is not None:
             objective.start_from_class_means(_through_head(encoder, train, untuned, recipe), train.labels())
         return objective
     anchor: dict[str, Any] = {"retention": recipe.retention, "reference": original if recipe.retention else None}
@@ -111,9 +177,23 @@ def objective_of(
         linear = LINEAR_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
         return LabelObjective(encoder, linear, **anchor)
     proxies = PROXY_LOSSES[name](encoder.embedding_dim, len(train.classes), **settings.model_dump())
-    if recipe.class_means:
+    if recipe.class_means and untuned is not None:
         start_from_class_means(proxies, _through_head(encoder, train, untuned, recipe), train.labels())
     return LabelObjective(encoder, proxies, **anchor)
+
+
+def _semantic(encoder: Encoder, classes: int, folder: Path | None, recipe: Recipe) -> SemanticProxies:
+    settings = recipe.loss.chosen[1]
+    kind, of_it = settings.accumulator.chosen
+    given = of_it.model_dump() | ({"dim": encoder.embedding_dim} if kind == "gru" else {})
+    return SemanticProxies(
+        encoder,
+        classes,
+        VisualPrompt(**settings.prompts.model_dump()),
+        ACCUMULATORS[kind](**given),
+        folder=folder,
+        **settings.model_dump(include={"share", "margin", "alpha", "max_bytes"}),
+    )
 
 
 def _through_head(encoder: Encoder, train: Manifest, untuned: Embeddings, recipe: Recipe) -> Tensor:
@@ -151,7 +231,7 @@ def _contrastive(
     settings: dict[str, Any],
     original: Encoder,
     train: Manifest,
-    untuned: Embeddings,
+    untuned: Embeddings | None,
     sampler: Batches,
     recipe: Recipe,
 ) -> InfoNCE | SigLIP:
@@ -162,6 +242,8 @@ def _contrastive(
         return InfoNCE(scale=min(original.logit_scale, 100.0), **settings)
     if original.logit_bias is not None:
         return SigLIP(scale=original.logit_scale, bias=original.logit_bias, **settings)
+    if untuned is None:
+        return SigLIP(**settings)
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(recipe.seed))[:4096]
     draw = random.Random(recipe.seed)
     told = train.captions()
@@ -185,8 +267,8 @@ def locked_of(encoder: Encoder, train: Manifest, untuned: Embeddings, recipe: Re
     return kept
 
 
-def sampler_of(train: Manifest, untuned: Embeddings, recipe: Recipe) -> Batches:
-    """Which images stand together in a batch.
+def sampler_of(train: Manifest, untuned: Embeddings | None, recipe: Recipe) -> Batches:
+    """Which images stand together in a batch; without vectors, no class is known to be near to another.
 
     Raises:
         InputError: the data has fewer images than a batch, lacks a column, or an epoch of it has no length.
@@ -205,7 +287,9 @@ def sampler_of(train: Manifest, untuned: Embeddings, recipe: Recipe) -> Batches:
         case Sampler(pk=PK() as pk):
             return PKSampler(train.labels(), **pk.model_dump(), seed=recipe.seed)
         case Sampler(hard_class=HardClass(neighbours=k) as hard):
-            nearest = class_neighbours(untuned.vectors, train.labels(), k)
+            nearest = torch.empty(len(train.classes), 0, dtype=torch.long)
+            if untuned is not None:
+                nearest = class_neighbours(untuned.vectors, train.labels(), k)
             settings = hard.model_dump(exclude={"neighbours"})
             return HardClassSampler(train.labels(), nearest, **settings, seed=recipe.seed)
         case Sampler(no_duplicate=NoDuplicate(batch_size=size, by=by)):
@@ -242,9 +326,7 @@ def _alike(train: Manifest, by: Sequence[str]) -> list[list[tuple[str, Any]]]:
     return keys
 
 
-def optimizer_of(
-    objective: LabelObjective | ImageTextObjective | SemanticProxies | SelfDistillation, recipe: Recipe
-) -> torch.optim.Optimizer:
+def optimizer_of(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:
     """Over all that is trained; prompts of classes have a table and an optimiser of their own."""
     rates: dict[str, Any] = {"lr": recipe.lr, "loss_lr": recipe.loss_lr, "layer_decay": recipe.layer_decay}
     groups = parameter_groups(objective, **rates, weight_decay=recipe.weight_decay)

@@ -32,7 +32,7 @@ from vicinal.losses import (
 from vicinal.models.encoder import Encoder
 from vicinal.progress import Bar
 from vicinal.recipe import Recipe
-from vicinal.texts import Texts
+from vicinal.texts import Texts, kinds_of
 from vicinal.training.devices import Processes
 from vicinal.types import Embeddings, InputError
 
@@ -75,8 +75,17 @@ class Ground:
         return Texts.of(encoder, self.manifest.where(measured), recipe) if self.reads and measured.any() else None
 
 
-def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
-    """Bring, divide, and embed with the model as it is; what the user gave wrong is said here, before any training."""
+def prepare(
+    recipe: Recipe, say: Say, processes: Processes, fits: Callable[[Encoder, Manifest, Division], None]
+) -> Ground:
+    """Bring, divide, and embed with the model as it is; what the user gave wrong is said here, before any training.
+
+    Args:
+        recipe: what to do.
+        say: is told each stage.
+        processes: that share the images.
+        fits: called before the first image is embedded; raises where the recipe's parts and this data do not fit.
+    """
     seed_everything(recipe.seed)
     manifest = processes.main_first(lambda: bring(recipe.data))
     say(f"data: {len(manifest):,} images of {len(manifest.classes):,} classes")
@@ -94,11 +103,18 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
     elsewhere = processes.main_first(lambda: {name: bring(data) for name, data in recipe.elsewhere.items()})
     if unlabelled := [name for name, other in elsewhere.items() if not other.classes]:
         raise InputError(f"elsewhere.{unlabelled[0]} has no labels, by which it could be measured")
-    division_of(manifest, recipe)  # a split that cannot be made is said before the first image is embedded
+    # Whatever can be found wrong is said before the first image is embedded; leaks alone are found by embeddings.
+    division = division_of(manifest, recipe)
+    division = _captioned(manifest, division) if contrastive else division
     original = processes.main_first(lambda: open_model(recipe))
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
     if contrastive:
-        original.tokenize(["a caption"])  # or an error that says what is missing, before all images are embedded
+        original.tokenize(["a caption"])  # or an error that says what is missing
+    reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
+    if reads and recipe.kinds is not None:
+        kinds_of(manifest, recipe.kinds)
+    probe = _probe(recipe, original, manifest.where(division.train))
+    fits(original, manifest, division)
     untuned = embed_shared(original, manifest, recipe, "baseline", say, processes)
     manifest, skipped = _readable(manifest, untuned)
     division = _without_leaks(manifest, division_of(manifest, recipe), untuned, recipe)
@@ -112,8 +128,6 @@ def prepare(recipe: Recipe, say: Say, processes: Processes) -> Ground:
         unseen = "what is streamed is not compared with what is measured: pictures that stand in both are not found"
         classes = "which classes are streamed is not known: those that are measured may be new or not"
         division = replace(division, notes=(*division.notes, unseen, classes))
-    reads = reads_text(original) and not any(adapter.chosen[0] == "linear_head" for adapter in recipe.adapt)
-    probe = _probe(recipe, original, manifest.where(division.train))
     if probe is not None:
         vectors = embed_shared(original, probe.manifest, recipe, "baseline, probe", say, processes)
         probe = replace(probe, manifest=_readable(probe.manifest, vectors)[0])

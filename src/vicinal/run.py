@@ -27,17 +27,18 @@ from vicinal.assembly import (
     adapters_of,
     evaluate_every,
     locked_of,
-    nested,
     objective_of,
     optimizer_of,
+    rehearse,
     sampler_of,
     small_classes,
     steps_of,
     trained_aside,
+    trained_rows,
     transform_of,
 )
 from vicinal.bring import bring
-from vicinal.data.division import Part
+from vicinal.data.division import Division, Part
 from vicinal.data.loader import train_batches
 from vicinal.data.manifest import Manifest
 from vicinal.data.stream import StreamBatches, StreamPlan
@@ -127,7 +128,14 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
     out.mkdir(parents=True, exist_ok=True)
     if processes.main:
         write_whole(out / "recipe.yaml", recipe.to_yaml())
-    ground = prepare(recipe, say, processes)
+    folders = trainings(recipe, out)
+
+    def fits(original: Encoder, manifest: Manifest, division: Division) -> None:
+        train = trained_rows(manifest, division, recipe)
+        for line in rehearse(original, train, recipe, list(folders), processes.count):
+            say(line)
+
+    ground = prepare(recipe, say, processes, fits)
     manifest, division, needed = ground.manifest, ground.division, ground.division.measured()
     parts = division.parts_within(needed)
     lost = None
@@ -142,7 +150,6 @@ def run(recipe: Recipe, out: str | Path, *, resume: str | Path | None = None, sa
         if ground.probe is not None:
             lost = Lost(ground.probe, ground.original, halved=recipe.wise_ft == "auto")
 
-    folders = trainings(recipe, out)
     trained: dict[Path, dict[str, Any]] = {}
     for folder, own in folders.items():
         if recipe.seeds > 1:
@@ -235,11 +242,7 @@ def _train(
     if watched.any():
         ground = replace(ground, division=replace(ground.division, val=watched))
     manifest, division, original = ground.manifest, ground.division, ground.original
-    train = manifest.where(division.train).compact()
-    if recipe.captions.trained == "first":
-        train = train.with_first_captions()
-    if "group" in train.names() and not nested(train):
-        train = replace(train, table=train.table.drop_columns(["group"]))
+    train = trained_rows(manifest, division, recipe)
     encoder = adapt(original, *adapters_from_config(adapters_of(recipe)))
     counts = parameter_counts(encoder)
     untuned = ground.untuned.where(division.train)

@@ -20,7 +20,7 @@ from vicinal.models.encoder import Encoder
 from vicinal.recipe import Recipe
 from vicinal.types import Embeddings, InputError, PerQuery
 
-__all__ = ["Texts"]
+__all__ = ["Texts", "kinds_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Texts:
             for caption in several:
                 place.setdefault(caption, len(place))
         vectors = embed_text(encoder, list(place), **settings) if place else torch.zeros(0, encoder.embedding_dim)
-        kinds = None if recipe.kinds is None else _of_classes(manifest, recipe.kinds)
+        kinds = None if recipe.kinds is None else kinds_of(manifest, recipe.kinds)
         return cls(names, told, place, vectors, kinds, recipe.protocols, tuple(recipe.recall_at), recipe.seed)
 
     def scores(self, queries: Embeddings, rows: Bool[Tensor, "N"]) -> list[PerQuery]:
@@ -99,8 +99,12 @@ class Texts:
         )
 
 
-def _of_classes(manifest: Manifest, column: str) -> list[object]:
-    """The value of a column in the first row of each class."""
+def kinds_of(manifest: Manifest, column: str) -> list[object]:
+    """The value of a column in the first row of each class.
+
+    Raises:
+        InputError: there is no such column.
+    """
     if column not in manifest.names():
         raise InputError(f"kinds: no column {column!r}; the data has {', '.join(manifest.names())}")
     values: dict[int, object] = {}

@@ -21,7 +21,7 @@ from vicinal.types import InputError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["TRACKERS", "Processes", "accelerator_for", "leave"]
+__all__ = ["TRACKERS", "Processes", "accelerator_for", "check_trackers", "leave"]
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 PATIENCE = timedelta(hours=6)  # how long the others wait while one measures, or fetches data
@@ -136,7 +136,7 @@ def accelerator_for(device: torch.device, precision: str, trackers: Sequence[str
         InputError: a tracker is unknown or not installed, or the processes were launched in a way that is not plain
             data parallelism.
     """
-    _check_trackers(trackers, out)
+    check_trackers(trackers, out)
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -167,7 +167,12 @@ def accelerator_for(device: torch.device, precision: str, trackers: Sequence[str
     return accelerator
 
 
-def _check_trackers(trackers: Sequence[str], out: Path | None) -> None:
+def check_trackers(trackers: Sequence[str], out: Path | None) -> None:
+    """Whether these can write.
+
+    Raises:
+        InputError: one is unknown or not installed, or there is no folder.
+    """
     for name in trackers:
         if name not in TRACKERS:
             near = difflib.get_close_matches(name, TRACKERS, 1)

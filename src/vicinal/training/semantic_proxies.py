@@ -28,7 +28,7 @@ import copy
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -48,6 +48,7 @@ from vicinal.types import Batch, InputError
 
 __all__ = ["ACCUMULATORS", "EMAAccumulator", "GRUAccumulator", "PromptTable", "RowAdam", "SemanticProxies"]
 
+COPIES = 2  # of a table on the disk: that of the last checkpoint, and that of the one before while it is written
 AT_ONCE = 2**22  # numbers drawn in one go, when a table is filled
 
 
@@ -153,12 +154,13 @@ class PromptTable(nn.Module):
         width: W.
         std: of the normal distribution that the prompts start from.
         folder: where the file lies; it is made anew, and each checkpoint keeps a copy beside it, of which the last two
-            stay. None: a buffer, part of every checkpoint.
+            stay, however many checkpoints do: one to go on from while the next is written. So the disk needs room for
+            three. None: a buffer, part of every checkpoint.
         max_bytes: the largest table to make.
         seed: of the first prompts; None: torch's.
 
     Raises:
-        InputError: the table would be larger than `max_bytes`, or the disk has no room for it.
+        InputError: the table would be larger than `max_bytes`, or the disk has no room for it; see `check`.
 
     >>> PromptTable(classes=3997, tokens=12 * 80, width=384)
     Traceback (most recent call last):
@@ -182,14 +184,9 @@ averages, above max_bytes, 2.1 GB; raise it, give fewer prompts or a smaller dep
         super().__init__()
         self.shape = (tokens, width)
         self.numbers = tokens * width
+        self.check(classes, tokens, width, max_bytes=max_bytes, on_disk=folder is not None)
         shape = (classes, 3 * self.numbers + 1)
         size = 4 * shape[0] * shape[1]
-        if size > max_bytes:
-            raise InputError(
-                f"the prompts of {classes:,} classes, {tokens} of {width} numbers each, take {size / 1e9:.1f} GB with "
-                f"Adam's averages, above max_bytes, {max_bytes / 1e9:.1f} GB; raise it, give fewer prompts or a "
-                "smaller depth" + (", or a folder to keep them on the disk" if folder is None else "")
-            )
         self.file = None if folder is None else Path(folder).expanduser() / "class_prompts.bin"
         if self.file is None:
             self.register_buffer("table", torch.zeros(shape))
@@ -203,6 +200,44 @@ averages, above max_bytes, 2.1 GB; raise it, give fewer prompts or a smaller dep
         self.classes: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.is_stepped = False
+
+    @staticmethod
+    def check(
+        classes: int, tokens: int, width: int, *, max_bytes: int, on_disk: bool, folders: Sequence[str | Path] = ()
+    ) -> int:
+        """How many bytes a table takes, before it is made.
+
+        Args:
+            classes: as of the table.
+            tokens: as of the table.
+            width: as of the table.
+            max_bytes: as of the table.
+            on_disk: whether it is to lie on the disk.
+            folders: of the tables to come, each with its two copies; the disk of the first must have room for all.
+
+        Raises:
+            InputError: it is larger than `max_bytes`, or the disk has no room.
+        """
+        size = 4 * classes * (3 * tokens * width + 1)
+        if size > max_bytes:
+            raise InputError(
+                f"the prompts of {classes:,} classes, {tokens} of {width} numbers each, take {size / 1e9:.1f} GB with "
+                f"Adam's averages, above max_bytes, {max_bytes / 1e9:.1f} GB; raise it, give fewer prompts or a "
+                "smaller depth" + ("" if on_disk else ", or a folder to keep them on the disk")
+            )
+        paths = [Path(folder).expanduser().absolute() for folder in folders]
+        if paths:
+            disk = next(path for path in (paths[0], *paths[0].parents) if path.exists())
+            there = sum(file.stat().st_size for path in paths for file in path.glob("class_prompts*.bin"))
+            room, needed = shutil.disk_usage(disk).free + there, (1 + COPIES) * size * len(paths)
+            if room < needed:
+                several = f" of each of {len(paths)} seeds" if len(paths) > 1 else ""
+                raise InputError(
+                    f"the prompts of the classes{several} take {size / 1e9:.1f} GB, with {COPIES} copies for "
+                    f"checkpoints {needed / 1e9:.1f} GB in all, and {disk} has room for {room / 1e9:.1f} GB; make "
+                    "room, choose another out, or give fewer prompts"
+                )
+        return size
 
     def forward(self, classes: Int[Tensor, "S"]) -> Float[Tensor, "S N W"]:
         """The prompts of these classes, each named once, on the labels' device; their gradient is for `RowAdam`.
