@@ -229,21 +229,33 @@ def test_a_table_on_the_disk_tells_its_size_and_needs_room_for_its_copies(
     loss = {"semantic_proxies": {**SEMANTIC["semantic_proxies"], "on_disk": True}}
     settings = recipe(data={"folder": str(photos)}, loss=loss, keep=3, checkpoint_every=1)
     told: list[str] = []
+    most: list[int] = []
+    keep = PromptTable.keep
+
+    def watched(self: PromptTable, name: str, earlier: str | None) -> None:
+        keep(self, name, earlier)
+        most.append(len(list((tmp_path / "run" / "class_prompts").iterdir())))
+
+    monkeypatch.setattr(PromptTable, "keep", watched)
     out = run(settings, tmp_path / "run", say=told.append)
-    files = sorted((out / "class_prompts").iterdir())
-    assert len(files) == 3, "the table and two copies, whatever keep says"
-    size = files[0].stat().st_size
+    assert most == [2, 3, 3], "the table and two copies, whatever keep says"
+    (left,) = (out / "class_prompts").iterdir()
+    assert left.name == "class_prompts-00000003.bin"
+    size = left.stat().st_size
     line = next(words for words in told if words.startswith("class prompts: "))
-    assert line.startswith(f"class prompts: {size / 1e9:.3g} GB in {out / 'class_prompts'}, with their copies")
+    assert line.startswith(f"class prompts: {size / 1e9:.3g} GB in {out / 'class_prompts'}, with copies")
     assert f"up to {3 * size / 1e9:.3g} GB;" in line
     assert told.index(line) < next(i for i, words in enumerate(told) if words.startswith("baseline"))
+    model = (out / "model" / "model.safetensors").read_bytes()
+    run(settings, out, resume="last", say=told.append)  # a finished training is gone on with
+    assert (out / "model" / "model.safetensors").read_bytes() == model
 
     usage, size = shutil.disk_usage(tmp_path), 4 * 10 * (3 * 8 * 64 + 1)
-    for seeds, free, refused in ((1, 3 * size, False), (1, 3 * size - 1, True), (2, 6 * size - 1, True)):
+    for seeds, free, refused in ((1, 3 * size, False), (1, 3 * size - 1, True), (2, 4 * size - 1, True)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage._replace(free=free))
         folders = [tmp_path / "new" / str(seed) for seed in range(seeds)]
         if refused:
-            with pytest.raises(InputError, match=r"with 2 copies for checkpoints .* GB in all, and .* has room for"):
+            with pytest.raises(InputError, match=r"with copies for the checkpoints.* GB, and .* has room for"):
                 PromptTable.check(10, 8, 64, max_bytes=2**31, on_disk=True, folders=folders)
         else:
             assert PromptTable.check(10, 8, 64, max_bytes=2**31, on_disk=True, folders=folders) == size

@@ -68,11 +68,12 @@ def test_a_run_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said: list[str] = []
     run(Recipe.parse(RECIPE), tmp_path / "one", say=said.append)
-    assert [line.split(":")[0] for line in done.stdout.splitlines() if line in said][:5] == [
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if line in said][:6] == [
         "data",
         "model",
         "baseline",
         "split",
+        "loss",
         "training",
     ]
     assert done.stdout.count("report: ") == 1, "one of them speaks"

@@ -45,7 +45,7 @@ from vicinal.training.image_text import ImageTextObjective, kin_of
 from vicinal.training.locked import LockedTowers, lock
 from vicinal.training.objectives import LabelObjective
 from vicinal.training.optim import build_optimizer, clip_each, parameter_groups
-from vicinal.training.semantic_proxies import ACCUMULATORS, COPIES, PromptTable, RowAdam, SemanticProxies
+from vicinal.training.semantic_proxies import ACCUMULATORS, PromptTable, RowAdam, SemanticProxies
 from vicinal.types import Embeddings, InputError
 
 __all__ = [
@@ -130,10 +130,10 @@ def _room(table: PromptTable, classes: int, recipe: Recipe, folders: Sequence[Pa
     )
     if not folders:
         return []
-    several = " a seed" if len(folders) > 1 else ""
+    several = f" of {len(folders)} seeds" if len(folders) > 1 else ""
     return [
-        f"class prompts: {size / 1e9:.3g} GB in {folders[0]}, with their copies for checkpoints up to "
-        f"{(1 + COPIES) * size / 1e9:.3g} GB{several}; resume=last needs them, nothing else"
+        f"class prompts: {size / 1e9:.3g} GB in {folders[0]}, with copies for the checkpoints{several} up to "
+        f"{PromptTable.needed(size, len(folders)) / 1e9:.3g} GB; resume=last needs them, nothing else"
     ]
 
 

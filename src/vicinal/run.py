@@ -87,6 +87,7 @@ from vicinal.training.image_text import ImageTextObjective
 from vicinal.training.locked import LockedTowers
 from vicinal.training.loop import FitResult, fit
 from vicinal.training.optim import warmup_cosine
+from vicinal.training.semantic_proxies import RowAdam
 from vicinal.types import Batch, Embeddings, InputError, Metrics, PerQuery
 from vicinal.watching import Watch, found_both_ways, some_of
 
@@ -328,6 +329,8 @@ def _train(
         trackers=tuple(recipe.trackers),
         identity=_identity(recipe),
     )
+    if isinstance(optimizer, RowAdam):
+        optimizer.leave()
     if isinstance(objective, ImageTextObjective):
         objective.keep_scale()
     if isinstance(objective, SelfDistillation):

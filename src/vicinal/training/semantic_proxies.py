@@ -29,6 +29,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -155,7 +156,7 @@ class PromptTable(nn.Module):
         std: of the normal distribution that the prompts start from.
         folder: where the file lies; it is made anew, and each checkpoint keeps a copy beside it, of which the last two
             stay, however many checkpoints do: one to go on from while the next is written. So the disk needs room for
-            three. None: a buffer, part of every checkpoint.
+            three; of a finished training one stays. None: a buffer, part of every checkpoint.
         max_bytes: the largest table to make.
         seed: of the first prompts; None: torch's.
 
@@ -213,10 +214,10 @@ averages, above max_bytes, 2.1 GB; raise it, give fewer prompts or a smaller dep
             width: as of the table.
             max_bytes: as of the table.
             on_disk: whether it is to lie on the disk.
-            folders: of the tables to come, each with its two copies; the disk of the first must have room for all.
+            folders: of the tables to come, one after another; the disk of the first must have room for all.
 
         Raises:
-            InputError: it is larger than `max_bytes`, or the disk has no room.
+            InputError: it is larger than `max_bytes`, or the disk has no room for `needed(size, len(folders))`.
         """
         size = 4 * classes * (3 * tokens * width + 1)
         if size > max_bytes:
@@ -229,15 +230,20 @@ averages, above max_bytes, 2.1 GB; raise it, give fewer prompts or a smaller dep
         if paths:
             disk = next(path for path in (paths[0], *paths[0].parents) if path.exists())
             there = sum(file.stat().st_size for path in paths for file in path.glob("class_prompts*.bin"))
-            room, needed = shutil.disk_usage(disk).free + there, (1 + COPIES) * size * len(paths)
+            room, needed = shutil.disk_usage(disk).free + there, PromptTable.needed(size, len(paths))
             if room < needed:
-                several = f" of each of {len(paths)} seeds" if len(paths) > 1 else ""
+                several = f" of {len(paths)} seeds" if len(paths) > 1 else ""
                 raise InputError(
-                    f"the prompts of the classes{several} take {size / 1e9:.1f} GB, with {COPIES} copies for "
-                    f"checkpoints {needed / 1e9:.1f} GB in all, and {disk} has room for {room / 1e9:.1f} GB; make "
+                    f"the prompts of the classes take {size / 1e9:.1f} GB, with copies for the checkpoints{several} "
+                    f"{needed / 1e9:.1f} GB, and {disk} has room for {room / 1e9:.1f} GB; make "
                     "room, choose another out, or give fewer prompts"
                 )
         return size
+
+    @staticmethod
+    def needed(size: int, trainings: int) -> int:
+        """Bytes of the disk at most: the table and its copies of one training, and a copy of each that is finished."""
+        return (trainings + COPIES) * size
 
     def forward(self, classes: Int[Tensor, "S"]) -> Float[Tensor, "S N W"]:
         """The prompts of these classes, each named once, on the labels' device; their gradient is for `RowAdam`.
@@ -302,6 +308,15 @@ averages, above max_bytes, 2.1 GB; raise it, give fewer prompts or a smaller dep
         except OSError as error:
             fresh.unlink(missing_ok=True)
             raise InputError(f"could not keep a copy of {self.file} for a checkpoint: {error}; make room") from error
+
+    def leave(self, name: str | None) -> None:
+        """The training is over: only the copy of that name stays, for going on. A buffer: nothing."""
+        if self.file is None or name is None:
+            return
+        for file in self.file.parent.glob(f"{self.file.stem}*.bin"):
+            if file != self._copy(name):
+                with suppress(OSError):  # Windows keeps a file that is mapped
+                    file.unlink()
 
     def go_back(self, name: str) -> None:
         """Put the copy of that name back. A buffer: nothing, it is in the checkpoint itself.
@@ -398,6 +413,10 @@ class RowAdam(Optimizer):
             self.table.keep(name, self.kept)
             self.kept = name
         return {"optimizer": self.optimizer.state_dict(), "steps": self.steps, "lr": self.rows["lr"]}
+
+    def leave(self) -> None:
+        """No step follows: of a table on the disk only what the last checkpoint needs stays."""
+        self.table.leave(self.kept)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave.
