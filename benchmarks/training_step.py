@@ -13,7 +13,9 @@ GRU written out. There the rows of classes that are absent move on in AdamW, so 
 
 A round runs each way once, in turning order; the ratio is the median over rounds of time(plain) / time(vicinal), its
 interval the 95 % percentile bootstrap over rounds. The first round warms up and is left out. Time is that of the CPU.
-Memory is the peak above what is held before the first step, the batches included, each way in a process of its own.
+Memory is the peak above what is held before the first step, batches and imports included, each way in a process of its
+own. Freed memory goes back at once there (glibc's thresholds at 64 KB), or the peak would be that of what the allocator
+keeps, which changes from run to run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import argparse
 import copy
 import itertools
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -53,12 +56,12 @@ METHODS = {"lora": LoRA(rank=8), "full": Full(), "prompts": VisualPrompt(PROMPTS
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def batches(size: int) -> list[Batch]:
+def batches(size: int, images: int = BATCH) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     return [
         {
-            "image": torch.randn(BATCH, 3, size, size, generator=generator),
-            "label": torch.randint(CLASSES, (BATCH,), generator=generator),
+            "image": torch.randn(images, 3, size, size, generator=generator),
+            "label": torch.randint(CLASSES, (images,), generator=generator),
         }
         for _ in range(4)
     ]
@@ -203,9 +206,9 @@ def folded(encoder: Encoder) -> AbstractContextManager[object]:
 
 
 def ways(
-    start: Encoder, size: int, method: str, precision: str, steps: int, parts: bool
+    start: Encoder, size: int, method: str, precision: str, steps: int, parts: bool, images: int = BATCH
 ) -> dict[str, Callable[[], float]]:
-    data = batches(size)
+    data = batches(size, images)
     torch.manual_seed(3)
     adapted = adapt(start, METHODS[method])
     model = plain_model(start, size, method, adapted)
@@ -245,7 +248,8 @@ def peak(way: str, size: int, method: str, precision: str) -> float:
     torch.manual_seed(0)
     start = load_encoder("timm:vit_tiny_patch16_224", size=size, random_init=True)
     step = ways(start, size, method, precision, 2, False)[way]
-    vicinal_loop(adapt(start, BitFit()), batches(size)[:1], 1, precision, "full", images=2)  # imports what it needs
+    for small in ways(start, size, method, precision, 2, False, images=2).values():
+        small()  # imports what it needs, and makes what every thread keeps
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = held("VmRSS")
     step()
@@ -260,7 +264,10 @@ def held(what: str) -> float:
 
 def peak_apart(way: str, size: int, method: str, precision: str, threads: int) -> float:
     command = [sys.executable, __file__, "--threads", str(threads), "--peak", way, str(size), method, precision]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return float(
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()[-1]
+    )
 
 
 def ratio(plain: list[float], other: list[float]) -> tuple[float, float, float]:

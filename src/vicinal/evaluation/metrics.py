@@ -362,7 +362,7 @@ def _near_by_cluster(rows: Float[Tensor, "C D"], k: int) -> Int[Tensor, "C k"]:
     half = rows.bfloat16()
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:clusters]
     centres = rows[drawn.to(rows.device)]
-    for _ in range(2):  # of k-means; more of them find no more neighbours
+    for _ in range(2):  # two rounds of k-means
         own = torch.cat([(part @ centres.bfloat16().T).argmax(1) for part in torch.split(half, 8 * BLOCK)])
         centres = functional.normalize((1e-3 * centres).index_add(0, own, rows))  # an empty one stays where it is
     own = torch.cat([(part @ centres.bfloat16().T).argmax(1) for part in torch.split(half, 8 * BLOCK)])
