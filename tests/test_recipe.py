@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
+import torch
 import yaml
 
 from vicinal.recipe import ONE_OF, Recipe, apply_override, json_schema
@@ -132,3 +134,24 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
 def test_every_alternative_is_reachable() -> None:
     assert {"arcface", "cosface", "ntxent", "supcon", "triplet"} <= set(ONE_OF["loss"])
     assert {"lora", "full", "last_blocks", "linear_head", "bitfit"} <= set(ONE_OF["adapt"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"arcface": {"margin": 9}}}, r"loss\.arcface: margin is an angle"),
+        ({"loss": {"proxy_anchor": {"alpha": 0}}}, r"loss\.proxy_anchor: alpha must be above 0"),
+        ({"loss": {"sum": {"ntxent": {"temperature": -1.0}}}, "sampler": {"pk": {"classes": 2, "images_per_class": 2}}},
+         r"loss\.sum\.ntxent: temperature"),
+        ({"loss": {"semantic_proxies": {"accumulator": {"gru": {"keep": 2.0}}}}}, r"accumulator\.gru: keep is a share"),
+        ({"adapt": [{"lora": {"rank": 0}}]}, r"adapt\.0\.lora: lora\.rank is 0; give at least 1"),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_its_range_is_said_with_its_key_and_no_random_number_is_used_up(
+    changes: dict[str, Any], message: str
+) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(InputError, match=message):
+        Recipe.parse({"data": {"folder": "."}, "model": "vicinal:nano"} | changes)
+    Recipe.parse({"data": {"folder": "."}, "model": "vicinal:nano", "loss": {"proxy_nca": {}}})
+    assert torch.equal(state, torch.get_rng_state())

@@ -204,6 +204,7 @@ SEMANTIC = {"semantic_proxies": {"prompts": {"tokens": 2, "depth": "deep"}}}
         ({"loss": {"semantic_proxies": {"max_bytes": 10}}}, "classes, .* above max_bytes"),
         ({"loss": {"dino": {"small_crops": 2, "small_size": 33}}}, r"small_size"),
         ({"trackers": ["mlflow"]}, "mlflow is not installed"),
+        ({"precision": "fp16"}, "fp16 needs a GPU"),
         ({"probe": {"data": {"folder": "."}, "templates": ["{}"]}}, "reads no texts"),
     ],
 )
@@ -219,6 +220,12 @@ def test_what_is_wrong_is_said_before_the_first_image_is_embedded(
         monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(InputError, match=message):
         run(recipe(data={"folder": str(photos)}, **changes), tmp_path / "run", say=lambda _: None)
+
+
+def test_a_cache_that_cannot_be_written_is_said(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match=r"cache: embeddings cannot be kept in .*file: .*choose another folder"):
+        run(recipe(data={"folder": str(photos)}, cache=str(tmp_path / "file")), tmp_path / "run", say=lambda _: None)
 
 
 def test_a_table_on_the_disk_tells_its_size_and_needs_room_for_its_copies(

@@ -17,7 +17,7 @@ from vicinal.data.manifest import Manifest
 from vicinal.data.samplers import HardClassSampler, NoDuplicateSampler, PKSampler, ShuffleSampler
 from vicinal.data.stream import BUFFER, StreamPlan
 from vicinal.data.transforms import MultiCrop, TrainTransform, multi_crop, train_transform
-from vicinal.embedding import embed, embed_text
+from vicinal.embedding import choose_precision, embed, embed_text, pick_device
 from vicinal.evaluation.metrics import class_neighbours
 from vicinal.ground import Say
 from vicinal.losses import (
@@ -100,6 +100,7 @@ def rehearse(original: Encoder, train: Manifest, recipe: Recipe, folders: Sequen
     """
     told: list[str] = []
     check_trackers(recipe.trackers, folders[0])
+    choose_precision(recipe.precision, pick_device(recipe.device))
     with torch.random.fork_rng(devices=[]):
         encoder = adapt(original, *adapters_from_config(adapters_of(recipe)))
         transform_of(encoder, recipe)

@@ -437,6 +437,12 @@ class _Store:
 
     def __init__(self, cache: Path, model_key: str) -> None:
         self.folder = cache / model_key
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cache: embeddings cannot be kept in {cache}: {error}; choose another folder, or cache: null"
+            ) from error
 
     def read(self) -> dict[str, Tensor]:
         """All keys and their vectors; a file cut short by a killed process is passed over."""
@@ -457,7 +463,6 @@ class _Store:
 
         keys = json.dumps(list(rows))
         name = hashlib.sha256(keys.encode()).hexdigest()[:32]
-        self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"{name}.{os.getpid()}.part"
         save_file({"vectors": torch.stack(list(rows.values()))}, part, {"keys": keys})
         part.replace(self.folder / f"{name}.safetensors")

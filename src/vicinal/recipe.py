@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 from urllib.parse import urlsplit
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
@@ -55,7 +56,7 @@ class _OneOf(_Strict):
 def _settings(part: type, name: str) -> type[BaseModel]:
     """The keyword settings of a loss or an adapter as a strict model, read off its constructor."""
     hints = get_type_hints(part if dataclasses.is_dataclass(part) else vars(part)["__init__"])
-    parameters = inspect.signature(part).parameters.values()
+    parameters = list(inspect.signature(part).parameters.values())
     # what the model and the data give
     derived = set() if dataclasses.is_dataclass(part) else {"dim", "classes"}
     if part in CONTRASTIVE_LOSSES.values():
@@ -63,7 +64,16 @@ def _settings(part: type, name: str) -> type[BaseModel]:
     fields: dict[str, Any] = {
         p.name: (hints[p.name], ... if p.default is p.empty else p.default) for p in parameters if p.name not in derived
     }
-    return create_model(name, __base__=_Strict, **fields)
+    given = {p.name: 1 for p in parameters if p.name in derived & {"dim", "classes"}}
+
+    def made(settings: BaseModel) -> BaseModel:
+        """A value out of its range is said by the part itself, here already."""
+        with torch.random.fork_rng(devices=[]):
+            part(**given, **{key: getattr(settings, key) for key in fields})
+        return settings
+
+    validators: dict[str, Any] = {"made": model_validator(mode="after")(made)}
+    return create_model(name, __base__=_Strict, __validators__=validators, **fields)
 
 
 def _one_of(name: str, table: Mapping[str, type]) -> type[_OneOf]:
