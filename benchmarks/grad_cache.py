@@ -7,7 +7,8 @@ ViT-Tiny at 112 px, SupCon over a batch of 256 in micro batches of 64, all throu
 images: `whole`, the batch at once; `accumulated`, four batches of 64 with their gradients averaged, so 63 others to
 compare with instead of 255; `micro`. A round runs each once, in turning order, in CPU time; ratios are medians over
 rounds of time(micro) / time(other), with the 95 % percentile bootstrap over rounds. The first round warms up and is
-left out. Memory is the peak of three steps above what model and images hold, each way in a process of its own.
+left out. Memory is the peak of three steps above what model and images hold, each way in a process of its own, where
+freed memory goes back at once (glibc's thresholds at 64 KB): else it is that of what the allocator keeps.
 """
 
 from __future__ import annotations
@@ -152,7 +153,8 @@ def main() -> None:
         found = []
         for way in WAYS:
             command = [sys.executable, __file__, "--peak", way, method, precision, str(size)]
-            found.append(float(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            lean = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+            found.append(float(subprocess.run(command, env=lean, check=True, capture_output=True, text=True).stdout))
         print(f"| {method} | {precision} | {size:,} | {' / '.join(f'{mb:.0f}' for mb in found)} |", flush=True)
 
 
