@@ -78,9 +78,10 @@ RATES = {  # wider on the side where the best of the first two lay at the edge
     "bottleneck": (1e-3, 3e-3, 1e-2),
     "LoRA": (1e-3, 2e-3, 4e-3),
     "full": (1e-4, 3e-4, 1e-3),
-    "VPTSP-G": (1e-3, 3e-3),
-    "VPTSP-M": (1e-3, 3e-3),
+    "VPTSP-G": (1e-4, 3e-4, 1e-3),
+    "VPTSP-M": (1e-4, 3e-4, 1e-3),
 }
+PROXY_RATE = 1e-2  # of the learnt ones beside semantic proxies, whatever the rate, as the authors have it
 PAIRS = [
     ("VPT", "VPTSP-G"),
     ("VPT + BitFit", "VPTSP-G + BitFit"),
@@ -107,7 +108,7 @@ def recipe(name: str, data: dict[str, Any], rate: float, a: argparse.Namespace, 
         "augment": a.augment,
         "steps": a.steps,
         "lr": rate,
-        "loss_lr": rate if "semantic_proxies" in method.loss else None,  # None: ten times the rate
+        "loss_lr": PROXY_RATE if "semantic_proxies" in method.loss else None,  # None: ten times the rate
         "seed": 43,
         "evaluate_every": a.steps,
         "checkpoint_every": 25,
