@@ -144,13 +144,34 @@ def test_rows_without_a_caption_are_measured_and_not_trained_on(tmp_path: Path) 
         row["text"] = "" if i % 4 == 0 else glyphs.column("text")[i]
     table = tmp_path / "some.jsonl"
     table.write_text("\n".join(json.dumps(row) for row in rows))
-    results = []
+    results, said = [], []
     for loss in ("infonce", "arcface"):
-        out = run(recipe(data={"table": str(table)}, loss={loss: {}}), tmp_path / loss, say=lambda _: None)
+        out = run(recipe(data={"table": str(table)}, loss={loss: {}}), tmp_path / loss, say=said.append)
         results.append(json.loads((out / "results.json").read_text())["data"])
     assert results[0]["parts"] == results[1]["parts"]
     assert results[0]["train_images"] < results[1]["train_images"]
-    assert any("no caption" in note for note in results[0]["notes"])
+    (note,) = [note for note in results[0]["notes"] if "no caption" in note]
+    assert said.count(f"captions: {note}") == 1, "said once, and of the training on captions alone"
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "no image .* has a caption"), ("a sign", "one caption, 'a sign'")])
+def test_captions_that_tell_nothing_apart_are_refused_before_the_baseline(tmp_path: Path, text: str, message: str):
+    from vicinal.data.glyphs import load_glyphs
+
+    glyphs = load_glyphs(**GLYPHS)
+    held_out = sorted(set(glyphs.column("label")))[::2]
+    rows = [
+        {"image": str(glyphs.path(i)), "label": glyphs.column("label")[i], "text": text} for i in range(len(glyphs))
+    ]
+    for row in rows:
+        row["split"] = "test" if row["label"] in held_out else "train"
+        row["text"] = row["label"] if row["split"] == "test" else text
+    table = tmp_path / "alike.jsonl"
+    table.write_text("\n".join(json.dumps(row) for row in rows))
+    told: list[str] = []
+    with pytest.raises(InputError, match=message):
+        run(recipe(data={"table": str(table)}, split={"official": {}}), tmp_path / "run", say=told.append)
+    assert not any("embedding" in line for line in told)
 
 
 @pytest.mark.parametrize("by", [["text", "label"], ["label"]], ids=str)

@@ -105,7 +105,11 @@ def prepare(
         raise InputError(f"elsewhere.{unlabelled[0]} has no labels, by which it could be measured")
     # Whatever can be found wrong is said before the first image is embedded; leaks alone are found by embeddings.
     division = division_of(manifest, recipe)
-    division = _captioned(manifest, division) if contrastive else division
+    if contrastive:
+        known = division.notes
+        division = _captioned(manifest, division)
+        for note in division.notes[len(known) :]:
+            say(f"captions: {note}")
     original = processes.main_first(lambda: open_model(recipe))
     say(f"model: {original.source}, licence {original.licence or 'unknown: see its model card'}")
     if contrastive:
@@ -273,11 +277,18 @@ def _cut_captions(encoder: Encoder, train: Manifest) -> str:
 
 def _captioned(manifest: Manifest, division: Division) -> Division:
     """A loss of images and texts is trained on the rows that have a caption; what is measured stays as it is."""
-    without = division.train & ~torch.tensor([bool(captions) for captions in manifest.captions()])
+    told = manifest.captions()
+    without = division.train & ~torch.tensor([bool(captions) for captions in told])
+    distinct = {caption for i in division.train.nonzero().flatten().tolist() for caption in told[i]}
+    if not distinct and division.train.any():
+        raise InputError("no image of the training part has a caption; give the column text to its rows")
+    if len(distinct) == 1:
+        raise InputError(
+            f"all images of the training part have one caption, {distinct.pop()!r}: there is nothing to tell apart; "
+            "give them captions of their own"
+        )
     if not without.any():
         return division
-    if torch.equal(without, division.train):
-        raise InputError("no image of the training part has a caption; give the column text to its rows")
     note = f"{int(without.sum())} images left out of training: they have no caption"
     return replace(division, train=division.train & ~without, notes=(*division.notes, note))
 

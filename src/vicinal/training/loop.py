@@ -345,7 +345,7 @@ class _Run:
         return row
 
     def warn_of_collapse(self, parts: Mapping[str, Tensor], batch: Batch) -> None:
-        if self.warned or "embeddings" not in parts:
+        if self.warned or "embeddings" not in parts or not self.accelerator.is_main_process:
             return
         wrong = collapsed(parts["embeddings"], batch["label"])
         if wrong is not None:
