@@ -56,7 +56,7 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:  # torchrun's
         from vicinal.training.devices import leave
 
-        leave(int(code or 0))
+        leave(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)
 
 

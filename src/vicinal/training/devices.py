@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import difflib
 import importlib.util
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -115,9 +114,8 @@ def leave(code: int = 0) -> None:
     Args:
         code: what the process ends with.
     """
-    if not torch.distributed.is_initialized():
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
-    logging.shutdown()
     atexit._run_exitfuncs()  # the group's end among them
     sys.stdout.flush()
     sys.stderr.flush()
